@@ -1,0 +1,1 @@
+"""The models: vision tower, connector and text backbone put together."""

@@ -1,0 +1,187 @@
+"""The text backbone: FMS's Llama or Granite blocks, taking token ids or embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from fms.distributed.strategy import DistributedStrategy, NoOpStrategy
+from fms.models.granite import GraniteBlock, GraniteConfig
+from fms.models.llama import LLaMABlock, LLaMAConfig
+from fms.modules.attention import MultiHeadAttention
+from fms.modules.feedforward import GatedLinearUnit
+from fms.modules.head import LinearClassificationHead
+from fms.modules.layernorm import LayerNormParameterized
+from fms.modules.positions import RotaryEmbedding
+from torch import Tensor, nn
+
+from smolvlm_fms.config import TextConfig
+from smolvlm_fms.errors import InputError
+from smolvlm_fms.modules.vision import grow_factor
+
+__all__ = ["KVCache", "TextBackbone", "TextModel"]
+
+KVCache = list[tuple[Tensor, Tensor]]
+"""Per layer, keys and values (B, kv_heads, T, head_dim)."""
+
+
+def _block_config(config: TextConfig, fused: bool, linear_config: dict[str, Any] | None) -> LLaMAConfig | GraniteConfig:
+    """The configuration that FMS's own block wants, for ``config``."""
+    common: dict[str, Any] = {
+        "src_vocab_size": config.vocab_size,
+        "emb_dim": config.hidden_size,
+        "norm_eps": config.rms_norm_eps,
+        "nheads": config.num_attention_heads,
+        "kvheads": config.num_key_value_heads,
+        "nlayers": config.num_hidden_layers,
+        "hidden_grow_factor": grow_factor(config.hidden_size, config.intermediate_size),
+        "multiple_of": 1,
+        "activation_fn": config.hidden_act,
+        "p_dropout": config.attention_dropout,
+        "max_expected_seq_len": config.max_position_embeddings,
+        "attn_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "rope_theta": config.rope_theta,
+        "linear_config": linear_config,
+        "fused_weights": fused,
+    }
+    if config.model_type != "granite":
+        return LLaMAConfig(**common)
+    return GraniteConfig(
+        **common,
+        head_dim=config.head_dim,
+        embedding_multiplier=config.embedding_multiplier,
+        logits_scaling=config.logits_scaling,
+        residual_multiplier=config.residual_multiplier,
+        attention_multiplier=config.attention_scale,
+    )
+
+
+class TextBackbone(nn.Module):
+    """Token ids (B, T) or embeddings (B, T, D) to hidden states (B, T, D), with an optional KV cache."""
+
+    def __init__(
+        self,
+        config: TextConfig,
+        *,
+        fused_weights: bool = True,
+        linear_config: dict[str, Any] | None = None,
+        distributed_strategy: DistributedStrategy = NoOpStrategy,
+        embedding_only: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_only = embedding_only
+        if embedding_only:
+            return
+        self.rot_emb = RotaryEmbedding(
+            dim=config.head_dim,
+            ratio=config.rope_theta,
+            max_seq_len=config.max_position_embeddings,
+            scaling=config.rope_scaling or {},
+        )
+        block = GraniteBlock if config.model_type == "granite" else LLaMABlock
+        block_config = _block_config(config, fused_weights, linear_config)
+        self.layers = nn.ModuleList(
+            distributed_strategy.distribute_layer(block(block_config, self.rot_emb), i)
+            for i in range(config.num_hidden_layers)
+        )
+        norm = LayerNormParameterized(config.hidden_size, eps=config.rms_norm_eps, use_high_precision_pow=True)
+        self.dec_norm = distributed_strategy.distribute_module(norm, final_layers=True)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token ids (B, T), int64, to embeddings (B, T, D), before any embedding multiplier."""
+        embeddings_BTD: Tensor = self.embedding(input_ids)
+        return embeddings_BTD
+
+    def forward(
+        self,
+        inputs: Tensor,
+        position_ids: Tensor | None = None,
+        past_key_value_states: KVCache | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool = False,
+        **attn_kwargs: Any,
+    ) -> tuple[Tensor, KVCache, tuple[Tensor, ...]]:
+        """Return normed hidden states (B, T, D), the extended cache (empty unless ``use_cache``) and, when asked for,
+        L + 1 hidden states in transformers' convention (embeddings, each block's output, the last one normed).
+
+        ``inputs`` holds ids (B, T), int64, or embeddings (B, T, D). ``position_ids`` (B, T), int64.
+        """
+        if self.embedding_only:
+            raise InputError("This model was built with vision_only=True; it has no text backbone to run.")
+        hidden_BTD = inputs if inputs.is_floating_point() else self.embed(inputs)
+        # Granite scales whatever enters the first block, image features among it.
+        if self.config.embedding_multiplier != 1.0:
+            hidden_BTD = hidden_BTD * self.config.embedding_multiplier
+        past: Sequence[tuple[Tensor, Tensor] | None] = past_key_value_states or [None] * len(self.layers)
+        cache: KVCache = []
+        states = [hidden_BTD]
+        for layer, layer_past in zip(self.layers, past, strict=True):
+            arguments = {
+                "position_ids": position_ids,
+                "past_key_value_state": layer_past,
+                "use_cache": use_cache,
+                **attn_kwargs,
+            }
+            if self.gradient_checkpointing and self.training and not use_cache:
+                hidden_BTD = torch.utils.checkpoint.checkpoint(layer, hidden_BTD, use_reentrant=False, **arguments)
+            elif use_cache:
+                hidden_BTD, layer_cache = layer(hidden_BTD, **arguments)
+                cache.append(layer_cache)
+            else:
+                hidden_BTD = layer(hidden_BTD, **arguments)
+            states.append(hidden_BTD)
+        hidden_BTD = self.dec_norm(hidden_BTD)
+        states[-1] = hidden_BTD
+        return hidden_BTD, cache, tuple(states) if output_hidden_states else ()
+
+    def prepare_rope(self) -> None:
+        """Compute the RoPE tables on the devices where the parameters are. FMS keeps them outside the state dict."""
+        if self.embedding_only:
+            return
+        for store in (self.rot_emb.cached_freqs, self.rot_emb.max_seq_len_cached):
+            store.clear()
+        for device in {p.device for p in self.parameters() if p.device.type != "meta"}:
+            self.rot_emb.compute_freqs_cis(device, self.config.max_position_embeddings)
+
+    def reset_parameters(self) -> None:
+        """Initialise as FMS's Llama does: truncated normal weights, unit norms."""
+        nn.init.trunc_normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
+        for module in self.modules():
+            if isinstance(module, MultiHeadAttention | GatedLinearUnit | LayerNormParameterized):
+                module.reset_parameters()
+        self.prepare_rope()
+
+
+class TextModel(nn.Module):
+    """Backbone plus language-model head."""
+
+    def __init__(self, config: TextConfig, *, tied: bool = False, **backbone: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.tied = tied
+        self.base_model = TextBackbone(config, **backbone)
+        if self.base_model.embedding_only:
+            return
+        self.head = LinearClassificationHead(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Let head and embedding share one tensor, where the configuration says so."""
+        if self.tied and not self.base_model.embedding_only:
+            self.head.weight = self.base_model.embedding.weight
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Hidden states (…, D) to logits (…, V), in the head's dtype."""
+        logits: Tensor = self.head(hidden_BTD)
+        return logits if self.config.logits_scaling == 1.0 else logits / self.config.logits_scaling
+
+    def reset_parameters(self) -> None:
+        self.base_model.reset_parameters()
+        if not self.tied and not self.base_model.embedding_only:
+            nn.init.trunc_normal_(self.head.weight, std=self.config.hidden_size**-0.5)
