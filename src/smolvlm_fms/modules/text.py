@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from smolvlm_fms.config import TextConfig
 from smolvlm_fms.errors import InputError
+from smolvlm_fms.modules.attention import CACHED, PLAIN
 from smolvlm_fms.modules.vision import grow_factor
 
 __all__ = ["KVCache", "TextBackbone", "TextModel"]
@@ -121,6 +122,7 @@ class TextBackbone(nn.Module):
         past: Sequence[tuple[Tensor, Tensor] | None] = past_key_value_states or [None] * len(self.layers)
         cache: KVCache = []
         states = [hidden_BTD]
+        attn_kwargs.setdefault("attn_name", CACHED if use_cache else PLAIN)
         for layer, layer_past in zip(self.layers, past, strict=True):
             arguments = {
                 "position_ids": position_ids,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from smolvlm_fms.config import VisionConfig
 from smolvlm_fms.modules.activation import activation
+from smolvlm_fms.modules.attention import PLAIN
 
 __all__ = ["SiglipTower", "position_ids"]
 
@@ -108,7 +109,7 @@ class SiglipBlock(nn.Module):
         )
 
     def forward(self, hidden_NPD: Tensor, mask_N1P: Tensor | None) -> Tensor:
-        hidden_NPD = hidden_NPD + self.attn(self.ln1(hidden_NPD), attn_name="sdpa_bidirectional", mask=mask_N1P)
+        hidden_NPD = hidden_NPD + self.attn(self.ln1(hidden_NPD), attn_name=PLAIN, mask=mask_N1P)
         mlp_NPD: Tensor = self.mlp(self.ln2(hidden_NPD))
         return hidden_NPD + mlp_NPD
 

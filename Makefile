@@ -1,0 +1,51 @@
+# make demo   the bundled model answers questions about bundled pictures
+# make test   the whole test suite
+# Both make .venv by themselves and need nothing but Python 3.11 or 3.12 (and, for the fast kernels, a C++ compiler).
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := $(VENV)/.core-installed
+DEV := $(VENV)/.dev-installed
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/smolvlm_fms/engine/kernels/csrc/*)
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-transformers-4 test-torchvision check clean
+
+demo: $(CORE)
+	$(BIN)/smolvlm demo
+
+test: $(DEV)
+	$(PYTEST)
+
+# The parity tests once more against the oldest transformers that we promise to work with ...
+test-transformers-4: $(DEV) .peers/transformers-4 .peers/torchvision
+	PYTHONPATH=.peers/transformers-4:.peers/torchvision $(PYTEST) tests/parity
+
+# ... and against the processors of transformers that need torchvision, which has no CPU build and so stays out of .venv.
+test-torchvision: $(DEV) .peers/torchvision
+	PYTHONPATH=.peers/torchvision $(PYTEST) tests/parity -k "tensor or video or processor"
+
+check: $(DEV)
+	scripts/check
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): $(VENV)/bin/pip $(SOURCES)
+	$(BIN)/pip install --quiet --editable . --constraint constraints.txt
+	@touch $@
+
+$(DEV): $(VENV)/bin/pip $(SOURCES)
+	$(BIN)/pip install --quiet --editable '.[dev]' --constraint constraints.txt
+	@touch $@ $(CORE)
+
+.peers/transformers-4: | $(DEV)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+
+.peers/torchvision: | $(DEV)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'torchvision==0.28.0'
+
+clean:
+	rm -rf $(VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
