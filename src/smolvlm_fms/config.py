@@ -25,6 +25,17 @@ ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")
 
 ROPE_TYPES = ("default", "llama3")
 
+# Where transformers' configuration classes have other defaults than LlamaConfig.
+_TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
+    "granite": {"attention_multiplier": 1.0},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+
 
 @dataclass
 class BaseConfig:
@@ -184,8 +195,15 @@ class TextConfig(BaseConfig):
                     f"text_config.{name} is {values[name]!r}; this model has no such part, so the checkpoint cannot "
                     "be computed as its authors meant."
                 )
-        if values.get("use_sliding_window") or (values.get("sliding_window") and values.get("model_type") != "mistral"):
-            raise ConfigurationError("text_config.sliding_window is set; sliding-window attention is not supported.")
+        values = {**_TEXT_DEFAULTS.get(str(values.get("model_type")), {}), **values}
+        window = values.get("sliding_window")
+        # A window that no position reaches beyond changes nothing.
+        reached = values.get("model_type") != "mistral" or (window or 0) < (values.get("max_position_embeddings") or 0)
+        if values.get("use_sliding_window") or (window and reached):
+            raise ConfigurationError(
+                f"text_config.sliding_window is {window}; sliding-window attention is not supported. Set it to null "
+                "where the weights were trained with full attention."
+            )
         picked = _pick(cls, values)
         theta, scaling = _rope(values, picked.pop("rope_scaling", None))
         if theta is not None:
@@ -200,6 +218,8 @@ class TextConfig(BaseConfig):
         if self.model_type != "granite":
             for name in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"):
                 del values[name]
+        if self.model_type == "mistral":
+            values["sliding_window"] = None  # left out, it would mean 4096
         scaling = self.rope_scaling or {"rope_type": "default"}
         # transformers 4 reads rope_theta and rope_scaling, 5 reads rope_parameters and ignores the former two.
         return {**values, "rope_parameters": {**scaling, "rope_theta": self.rope_theta}}
