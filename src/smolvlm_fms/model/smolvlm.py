@@ -161,6 +161,7 @@ class SmolVLM(nn.Module):
         image_hidden_states: ImageFeatures | Tensor | None = None,
         last_n_tokens: int = 0,
         output_hidden_states: bool = False,
+        logits_mask: Tensor | None = None,
         **attn_kwargs: Any,
     ) -> Any:
         """Return logits (B, T, V); with ``use_cache`` (logits, cache); with ``output_hidden_states`` the L + 1 hidden
@@ -170,6 +171,7 @@ class SmolVLM(nn.Module):
         ``pixel_values`` (B, N, C, H, W) and ``pixel_attention_mask`` (B, N, H, W): the tiles of each row, padded to the
         row with most. ``attention_mask`` (B, past + T): 1 for real tokens. ``position_ids`` (B, T): by default each
         real token's place in its row. ``last_n_tokens``: logits of that many last tokens only (0: all).
+        ``logits_mask`` (B, T), bool: logits (K, V) of its K true places only, row after row (training needs no others).
         ``attn_kwargs`` go to FMS's attention (``attn_name``, ``mask`` …); a ``mask`` there replaces ours.
         """
         inputs = input_ids
@@ -194,6 +196,8 @@ class SmolVLM(nn.Module):
         )
         if last_n_tokens:
             hidden_BTD = hidden_BTD[:, -last_n_tokens:]
+        elif logits_mask is not None:
+            hidden_BTD = hidden_BTD[logits_mask]
         results: tuple[Any, ...] = (self.text_model.logits(hidden_BTD),)
         if use_cache:
             results += (cache,)
