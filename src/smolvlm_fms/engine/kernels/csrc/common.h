@@ -1,0 +1,74 @@
+// What every kernel shares: elementary functions on sixteen lanes, scratch memory, and how work is cut for threads.
+#pragma once
+#include <omp.h>
+#include <stdlib.h>
+
+#include "svk.h"
+
+namespace SVK_ISA {
+
+typedef uint16_t u16;
+typedef uint32_t u32;
+// A row of bf16 read two at a time: rows need not start on four bytes, and the compiler is told that types alias.
+typedef u32 __attribute__((may_alias, aligned(2))) u32_of_row;
+typedef u32 __attribute__((may_alias, aligned(1))) u32_of_bytes;
+
+constexpr long PANEL = 64;  // outputs of a linear, or keys, that are packed side by side
+constexpr long GROUP = 32;  // inputs that share a scale
+
+SVK_INLINE long lmin(long a, long b) { return a < b ? a : b; }
+SVK_INLINE long lmax(long a, long b) { return a > b ? a : b; }
+SVK_INLINE long ceil_div(long a, long b) { return (a + b - 1) / b; }
+SVK_INLINE long round_up(long a, long b) { return ceil_div(a, b) * b; }
+
+// The share of one thread when `total` items are cut into `parts` runs of nearly equal length.
+struct Range { long begin, end; };
+SVK_INLINE Range share(long total, long part, long parts) { return {total * part / parts, total * (part + 1) / parts}; }
+
+SVK_INLINE int threads_or_default(int64_t threads) { return threads > 0 ? (int)threads : omp_get_max_threads(); }
+
+// Memory of one call, aligned to cache lines. Calls may run side by side, so nothing is static.
+struct Scratch {
+  char* base;
+  explicit Scratch(long bytes) : base((char*)aligned_alloc(64, (size_t)round_up(bytes + 64, 64))) {}
+  ~Scratch() { free(base); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+};
+
+// Cuts aligned pieces from a scratch; with a null base it only measures.
+struct Carver {
+  char* base;
+  long used = 0;
+  template <class T> T* take(long count) {
+    long at = used;
+    used += round_up(count * (long)sizeof(T), 64);
+    return base ? (T*)(base + at) : nullptr;
+  }
+};
+
+// 2^x to 4e-6 for x in [-126, 128]; the nearest of the two ends (2^-126, infinity) beyond that; NaN stays NaN because
+// the second operand is what vmin and vmax answer then.
+SVK_INLINE vf exp2_of(vf x) {
+  x = vmin(splat(128.0f), vmax(splat(-126.0f), x));
+  vf whole = nearest(x), f = sub(x, whole);  // |f| <= 1/2: minimax polynomial
+  vf p = fmadd(splat(0.0096181f), f, splat(0.0555041f));
+  p = fmadd(p, f, splat(0.2402265f));
+  p = fmadd(p, f, splat(0.6931472f));
+  p = fmadd(p, f, splat(1.0f));
+  return times_power_of_two(p, whole);
+}
+
+SVK_INLINE vf sigmoid(vf x) {
+  constexpr float minus_log2_e = -1.44269504f;
+  return div(splat(1.0f), add(splat(1.0f), exp2_of(mul(x, splat(minus_log2_e)))));
+}
+SVK_INLINE vf silu(vf x) { return mul(x, sigmoid(x)); }
+
+// x/2 (1 + tanh(u)) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+SVK_INLINE vf gelu_tanh(vf x) {
+  vf cubic = fmadd(mul(x, x), splat(0.044715f), splat(1.0f));
+  return mul(x, sigmoid(mul(mul(x, cubic), splat(1.5957691216f))));
+}
+
+}  // namespace SVK_ISA

@@ -1,0 +1,56 @@
+// The exported functions: each calls the best instruction set that this machine has. Compiled without special flags.
+#include <string.h>
+
+#include <atomic>
+
+#include "isa_table.h"
+
+extern const svk_table svk_table_portable;
+#ifdef SVK_X86
+extern const svk_table svk_table_avx2, svk_table_avx512;
+#endif
+
+namespace {
+
+#ifdef SVK_X86
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// The named table, or the best one for null; null where this machine cannot run it.
+const svk_table* find_table(const char* name) {
+#ifdef SVK_X86
+  if ((!name || !strcmp(name, "avx512")) && has_avx512()) return &svk_table_avx512;
+  if ((!name || !strcmp(name, "avx2")) && has_avx2()) return &svk_table_avx2;
+#endif
+  return !name || !strcmp(name, "portable") ? &svk_table_portable : nullptr;
+}
+
+std::atomic<const svk_table*> chosen{nullptr};
+
+const svk_table& table() {
+  const svk_table* t = chosen.load(std::memory_order_relaxed);
+  if (!t) chosen.store(t = find_table(nullptr), std::memory_order_relaxed);
+  return *t;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* svk_isa(void) { return table().name; }
+
+int svk_set_isa(const char* name) {
+  const svk_table* t = find_table(name);
+  if (!t) return SVK_BAD_ARGUMENT;
+  chosen.store(t, std::memory_order_relaxed);
+  return SVK_OK;
+}
+
+int svk_linear(const svk_weights* w, const svk_linear_args* args) { return table().linear(*w, *args); }
+int svk_vision_attention(const svk_vision_attention_args* args) { return table().vision_attention(*args); }
+}

@@ -1,0 +1,242 @@
+// Packed linears: out = residual + scale * activation(x W^T + bias), for weights of every kind.
+#pragma once
+#include "rows.h"
+#include "tile.h"
+
+namespace SVK_ISA {
+
+// Rows that one pass over a panel serves. The group kinds need registers for two planes of activations.
+constexpr int GROUP_ROWS = TILE_VECS >= 4 ? 4 : 1;
+SVK_INLINE int rows_per_tile(int64_t kind) { return kind >= SVK_INT8_GROUPS ? GROUP_ROWS : TILE_ROWS; }
+
+// The panel's columns [first, first + count) * 16 times rows m0 ... m0 + M - 1, into `sums` [TILE_ROWS][64].
+template <int M>
+static void panel_bf16(const u32* panel, long k, const u16* a, long a_stride, int first, int count, float* sums) {
+  for_columns(count, [&](auto n_const, int at) {
+    constexpr int N = decltype(n_const)::value;
+    vf c[M][N];
+    tile_bf16<M, N>(a, a_stride, panel + (first + at) * 16, PANEL, k / 2, c);
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) store(sums + m * PANEL + (first + at + n) * 16, c[m][n]);
+  });
+}
+
+template <int M>
+static void panel_int8(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
+  const u32* panel = (const u32*)w.packed + p * PANEL * (w.k / 4);
+  const float* scales = (const float*)w.scales + p * PANEL;
+  for_columns(count, [&](auto n_const, int at) {
+    constexpr int N = decltype(n_const)::value;
+    vi c[M][N];
+    tile_int8<M, N>(rows.q + m0 * rows.stride, rows.stride, panel + (first + at) * 16, w.k / 4, c);
+    for (int m = 0; m < M; m++) {
+      vi offset = splat_i(128 * rows.sum[m0 + m]);
+      vf scale = splat(rows.scale[m0 + m]);
+      for (int n = 0; n < N; n++) {
+        long column = (first + at + n) * 16;
+        vf x = mul(to_float(sub_i(c[m][n], offset)), mul(scale, load(scales + column)));
+        store(sums + m * PANEL + column, x);
+      }
+    }
+  });
+}
+
+// The eight quads of one group of 32 inputs for 16 columns.
+template <int BITS> SVK_INLINE void load_group(const u32* w, int quad_pair, QuadCols (&out)[2]) {
+  if constexpr (BITS == 8) {
+    out[0] = as_quads(load_i(w + (2 * quad_pair) * PANEL));
+    out[1] = as_quads(load_i(w + (2 * quad_pair + 1) * PANEL));
+  } else {
+    vi both = load_i(w + quad_pair * PANEL), nibble = splat_i(0x0f0f0f0f);
+    out[0] = as_quads(and_i(both, nibble));
+    out[1] = as_quads(and_i(shift_right<4>(both), nibble));
+  }
+}
+
+// Weights in groups of 32 with 16-bit activations: per group an exact integer sum, scaled into the fp32 total.
+template <int BITS, int M, int N>
+SVK_INLINE void group_columns(const svk_weights& w, long p, const Rows& rows, long m0, int first, float* sums) {
+  constexpr long words = BITS == 8 ? 8 : 4;  // of a group, for one column
+  constexpr int offset = BITS == 8 ? 128 : 8;
+  const long groups = w.k / GROUP;
+  const u32* panel = (const u32*)w.packed + p * PANEL * words * groups + first * 16;
+  const u16* scales = (const u16*)w.scales + p * PANEL * groups + first * 16;
+  vf total[M][N];
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) total[m][n] = zero();
+  for (long g = 0; g < groups; g++) {
+    const u32* w_group = panel + g * words * PANEL;
+    vi high[M][N], low[M][N];
+    for (int m = 0; m < M; m++) {
+      vi start = splat_i(-offset * rows.sum[(m0 + m) * rows.scales + g]);
+      for (int n = 0; n < N; n++) high[m][n] = zero_i(), low[m][n] = start;
+    }
+#pragma GCC unroll 4
+    for (int pair = 0; pair < 4; pair++) {
+      prefetch(w_group + 24 * 64 * PANEL / 16 + pair * (words / 4) * PANEL);
+      QuadCols cols[N][2];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++) load_group<BITS>(w_group + n * 16, pair, cols[n]);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) {
+        long at = (m0 + m) * rows.stride + g * GROUP + pair * 8;
+        const u32_of_bytes *q = (const u32_of_bytes*)(rows.q + at), *q_low = (const u32_of_bytes*)(rows.q_low + at);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          QuadRow upper = splat_quad(q[half]), lower = splat_quad(q_low[half]);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; n++) {
+            high[m][n] = dot_quads(high[m][n], cols[n][half], upper);
+            low[m][n] = dot_quads(low[m][n], cols[n][half], lower);
+          }
+        }
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      vf scale = load_bf16(scales + g * PANEL + n * 16);
+      for (int m = 0; m < M; m++) {
+        vf exact = to_float(add_i(shift_left<8>(high[m][n]), low[m][n]));
+        total[m][n] = fmadd(exact, mul(scale, splat(rows.scale[(m0 + m) * rows.scales + g])), total[m][n]);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) store(sums + m * PANEL + (first + n) * 16, total[m][n]);
+}
+
+template <int BITS, int M>
+static void panel_groups(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
+  constexpr int N = TILE_VECS < 4 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;
+  int at = first;
+  for (; at + N <= first + count; at += N) group_columns<BITS, M, N>(w, p, rows, m0, at, sums);
+  for (; at < first + count; at++) group_columns<BITS, M, 1>(w, p, rows, m0, at, sums);
+}
+
+template <int M>
+SVK_INLINE void panel_any(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
+  switch (w.kind) {
+    case SVK_BF16: {
+      const u32* panel = (const u32*)w.packed + p * PANEL * (w.k / 2);
+      return panel_bf16<M>(panel, w.k, rows.bf16 + m0 * rows.stride, rows.stride, first, count, sums);
+    }
+    case SVK_INT8_CHANNEL: return panel_int8<M>(w, p, rows, m0, first, count, sums);
+    case SVK_INT8_GROUPS: if constexpr (M <= GROUP_ROWS) panel_groups<8, M>(w, p, rows, m0, first, count, sums); return;
+    case SVK_INT4_GROUPS: if constexpr (M <= GROUP_ROWS) panel_groups<4, M>(w, p, rows, m0, first, count, sums); return;
+  }
+}
+
+// What happens to the sums of a tile on their way to memory.
+struct Epilogue {
+  const float* bias = nullptr;
+  int64_t activation = SVK_NONE;
+  float scale = 1.0f;
+  const u16* residual = nullptr;
+  u16* out = nullptr;
+  float* out_f32 = nullptr;
+  bool accumulate = false;  // out_f32 += instead of =
+  long stride = 0;
+  long outputs = 0;  // columns of `out`
+
+  void put(vf x, long m, long column) const {
+    long left = outputs - column, at = m * stride + column;
+    if (left <= 0) return;
+    x = mul(x, splat(scale));
+    if (residual) x = add(x, load_bf16_n(residual + at, left));
+    if (!out_f32) return store_bf16_n(out + at, x, left);
+    store_n(out_f32 + at, accumulate ? add(x, load_n(out_f32 + at, left)) : x, left);
+  }
+
+  // sums [rows][64] of panel p, columns [first, first + count) * 16; SwiGLU needs the whole panel.
+  void finish(float* sums, long m0, int rows, long p, int first, int count) const {
+    for (int m = 0; m < rows; m++) {
+      vf x[4];
+      for (int n = first; n < first + count; n++) {
+        x[n] = load(sums + m * PANEL + n * 16);
+        if (bias) x[n] = add(x[n], load(bias + p * PANEL + n * 16));
+      }
+      if (activation == SVK_SWIGLU) {
+        put(mul(silu(x[0]), x[2]), m0 + m, p * 32);
+        put(mul(silu(x[1]), x[3]), m0 + m, p * 32 + 16);
+        continue;
+      }
+      for (int n = first; n < first + count; n++)
+        put(activation == SVK_GELU_TANH ? gelu_tanh(x[n]) : x[n], m0 + m, p * PANEL + n * 16);
+    }
+  }
+};
+
+// Rows [begin, end) times 16-wide columns [first, first + count) of panel p.
+SVK_INLINE void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
+                           const Epilogue& e) {
+  const int step = rows_per_tile(w.kind);
+  for (long m = rows.begin; m < rows.end; m += step) {
+    int live = (int)lmin(step, rows.end - m);
+    alignas(64) float sums[TILE_ROWS * PANEL];
+    with_rows<TILE_ROWS>(live, [&](auto m_const) {
+      panel_any<decltype(m_const)::value>(w, p, a, m, first, count, sums);
+    });
+    e.finish(sums, m, live, p, first, count);
+  }
+}
+
+// One thread's share of the columns, for all rows: few rows, so that each weight is read by one thread only.
+SVK_INLINE void linear_by_columns(const svk_weights& w, const Rows& a, long rows, int thread, int threads,
+                                  const Epilogue& e) {
+  const bool whole = e.activation == SVK_SWIGLU;  // gate and up of an output lie in both halves of a panel
+  const long half = whole ? 4 : 2;                // vectors that stay together
+  Range mine = share(ceil_div(w.n, half * 16), thread, threads);
+  for (long at = mine.begin * half; at < mine.end * half;) {
+    long p = at / 4;
+    int first = (int)(at % 4), count = (int)lmin(4 - first, mine.end * half - at);
+    panel_rows(w, a, {0, rows}, p, first, count, e);
+    at += count;
+  }
+}
+
+// Panel p of group-quantised weights as bf16, [k/2][64], for many rows: the cost is shared by all of them.
+template <int BITS> static void dequantize_panel(const svk_weights& w, long p, u32* out) {
+  constexpr long words = BITS == 8 ? 8 : 4;
+  const long groups = w.k / GROUP;
+  const u32* panel = (const u32*)w.packed + p * PANEL * words * groups;
+  const u16* scales = (const u16*)w.scales + p * PANEL * groups;
+  vi mask = splat_i(BITS == 8 ? 0xff : 0xf), offset = splat_i(BITS == 8 ? 128 : 8);
+  for (long g = 0; g < groups; g++)
+    for (int n = 0; n < 4; n++) {
+      vf scale = load_bf16(scales + g * PANEL + n * 16);
+      auto value = [&](vi bits) { return mul(to_float(sub_i(and_i(bits, mask), offset)), scale); };
+      u32* to = out + g * (GROUP / 2) * PANEL + n * 16;
+      for (long i = 0; i < words; i++) {
+        vi v = load_i(panel + (g * words + i) * PANEL + n * 16);
+        if constexpr (BITS == 8) {
+          store_i(to + (2 * i) * PANEL, pack_pairs(value(v), value(shift_right<8>(v))));
+          store_i(to + (2 * i + 1) * PANEL, pack_pairs(value(shift_right<16>(v)), value(shift_right<24>(v))));
+        } else {  // low nibbles are inputs 0..3 of eight, high nibbles 4..7
+          u32* eight = to + 4 * i * PANEL;
+          store_i(eight, pack_pairs(value(v), value(shift_right<8>(v))));
+          store_i(eight + PANEL, pack_pairs(value(shift_right<16>(v)), value(shift_right<24>(v))));
+          store_i(eight + 2 * PANEL, pack_pairs(value(shift_right<4>(v)), value(shift_right<12>(v))));
+          store_i(eight + 3 * PANEL, pack_pairs(value(shift_right<20>(v)), value(shift_right<28>(v))));
+        }
+      }
+    }
+}
+
+// One thread's share of the rows, for all columns: a panel stays in the core's cache while the rows pass by.
+SVK_INLINE void linear_by_rows(const svk_weights& w, const Rows& a, Range rows, Range panels, u32* bf16_panel,
+                               const Epilogue& e) {
+  for (long p = panels.begin; p < panels.end; p++) {
+    int count = (int)lmin(4, ceil_div(w.n - p * PANEL, 16));
+    if (e.activation == SVK_SWIGLU) count = 4;
+    if (!bf16_panel) {
+      panel_rows(w, a, rows, p, 0, count, e);
+      continue;
+    }
+    w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, bf16_panel) : dequantize_panel<4>(w, p, bf16_panel);
+    svk_weights one = w;
+    one.kind = SVK_BF16;
+    one.packed = (const void*)((uintptr_t)bf16_panel - (uintptr_t)(p * PANEL * (w.k / 2) * 4));  // panel p: the scratch
+    panel_rows(one, a, rows, p, 0, count, e);
+  }
+}
+
+}  // namespace SVK_ISA

@@ -1,0 +1,89 @@
+// Sixteen-lane vectors on AVX-512 (F, BW, VL, DQ, BF16, VNNI). The other simd_*.h files offer the same names, so that
+// every kernel is written once and compiled once for each instruction set.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define SVK_INLINE static inline __attribute__((always_inline))
+
+namespace SVK_ISA {
+
+using vf = __m512;        // 16 fp32
+using vi = __m512i;       // 16 int32
+using PairCols = __m512i;  // 16 columns x 2 consecutive k, bf16
+using PairRow = __m512i;   // one row's 2 consecutive k, bf16, in every lane
+using QuadCols = __m512i;  // 16 columns x 4 consecutive k, unsigned 8-bit
+using QuadRow = __m512i;   // one row's 4 consecutive k, signed 8-bit, in every lane
+
+constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators + 4 columns + 1 row: 29 of 32 registers
+constexpr int TILE_VECS = 4;
+
+SVK_INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
+
+SVK_INLINE vf zero() { return _mm512_setzero_ps(); }
+SVK_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
+SVK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+SVK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+SVK_INLINE vf load_n(const float* p, long n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+SVK_INLINE void store_n(float* p, vf x, long n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+SVK_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+SVK_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+SVK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+SVK_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+SVK_INLINE vf fmadd(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+SVK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+SVK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+SVK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+SVK_INLINE float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
+SVK_INLINE float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
+SVK_INLINE vf keep_first(vf a, long n, vf other) { return _mm512_mask_mov_ps(other, first_lanes(n), a); }
+
+SVK_INLINE vi zero_i() { return _mm512_setzero_si512(); }
+SVK_INLINE vi splat_i(int32_t x) { return _mm512_set1_epi32(x); }
+SVK_INLINE vi load_i(const void* p) { return _mm512_loadu_si512(p); }
+SVK_INLINE void store_i(void* p, vi x) { _mm512_storeu_si512(p, x); }
+SVK_INLINE vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+SVK_INLINE vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+SVK_INLINE vi and_i(vi a, vi b) { return _mm512_and_si512(a, b); }
+template <int N> SVK_INLINE vi shift_left(vi a) { return _mm512_slli_epi32(a, N); }
+template <int N> SVK_INLINE vi shift_right(vi a) { return _mm512_srli_epi32(a, N); }
+template <int N> SVK_INLINE vi shift_right_signed(vi a) { return _mm512_srai_epi32(a, N); }
+SVK_INLINE int32_t sum_lanes_i(vi a) { return _mm512_reduce_add_epi32(a); }
+SVK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+SVK_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }  // nearest, ties to even
+SVK_INLINE void store_low_bytes(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
+
+SVK_INLINE vf nearest(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+SVK_INLINE vf times_power_of_two(vf a, vf integer) { return _mm512_scalef_ps(a, integer); }
+
+SVK_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
+SVK_INLINE vf load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
+SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+SVK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) {
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x));
+}
+// Lane i becomes bf16(even[i]) | bf16(odd[i]) << 16.
+SVK_INLINE vi pack_pairs(vf even, vf odd) {
+  __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
+  __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+SVK_INLINE PairCols load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p); }
+SVK_INLINE PairRow splat_pair(uint32_t x) { return _mm512_set1_epi32((int)x); }
+SVK_INLINE vf dot_pairs(vf acc, PairCols b, PairRow a) { return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)a); }
+
+SVK_INLINE QuadCols as_quads(vi x) { return x; }
+SVK_INLINE QuadRow splat_quad(uint32_t x) { return _mm512_set1_epi32((int)x); }
+// Inline assembly: GCC 12 copies the accumulator around the intrinsic, which halves the speed.
+SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(b), "v"(a));
+  return acc;
+}
+
+SVK_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+SVK_INLINE void pause_core() { _mm_pause(); }
+
+}  // namespace SVK_ISA

@@ -1,0 +1,64 @@
+// The C ABI of the CPU kernels. Plain pointers and numbers: no torch headers, so one library serves every torch.
+// bf16 is passed as uint16_t. Strides and sizes count elements. Functions return 0, or a negative SVK_* error.
+//
+// Packed weights. A linear of n outputs and k inputs is cut into panels of 64 outputs (the last one padded with zeros):
+//   SVK_BF16          uint32 [panels][k/2][64]   two consecutive inputs of one output: k even in the low half
+//   SVK_INT8_CHANNEL  uint32 [panels][k/4][64]   four consecutive inputs, each stored as unsigned q + 128
+//   SVK_INT8_GROUPS   the same bytes
+//   SVK_INT4_GROUPS   uint32 [panels][k/8][64]   inputs 0..3 in the low nibbles of the bytes, 4..7 in the high, q + 8
+// Scales: float [panels*64] for _CHANNEL, bf16 [panels][k/32][64] for _GROUPS. k is padded with zeros to 2, 4 or 32.
+// A SwiGLU linear holds 32 gate outputs and then their 32 up outputs in each panel; n counts both.
+//
+// Keys and values. One (layer, slot, head) has
+//   keys    uint32 [ceil(T/64)][d/2][64]    64 positions side by side, so that scores are an outer product
+//   values  uint32 [ceil(T/64)*32][d16]     two consecutive positions in one word; d16 is d rounded up to 16
+#pragma once
+#include <stdint.h>
+
+#define SVK_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SVK_BF16 = 0, SVK_INT8_CHANNEL = 1, SVK_INT8_GROUPS = 2, SVK_INT4_GROUPS = 3 };
+enum { SVK_NONE = 0, SVK_GELU_TANH = 1, SVK_SWIGLU = 2 };
+enum { SVK_OK = 0, SVK_NO_MEMORY = -1, SVK_BAD_ARGUMENT = -2 };
+
+typedef struct {
+  int64_t kind;
+  int64_t n, k;        // outputs (unpadded), inputs (padded as above)
+  const void* packed;
+  const void* scales;  // or null for bf16
+  const float* bias;   // [panels*64] in the order of the packed outputs, or null
+} svk_weights;
+
+typedef struct {
+  const uint16_t* x;  // [rows, k]
+  int64_t rows, x_stride;
+  int64_t activation;
+  float scale;               // out = residual + scale * activation(x W^T + bias)
+  const uint16_t* residual;  // [rows, outputs], stride out_stride, or null; may be `out` itself
+  uint16_t* out;             // [rows, outputs]; outputs = n, or n / 2 for SwiGLU
+  float* out_f32;            // instead of `out`: fp32 results
+  int64_t out_stride;
+  int64_t threads;
+} svk_linear_args;
+
+typedef struct {
+  const uint16_t* qkv;      // [batch, tokens, 3, heads, d]
+  const uint8_t* key_mask;  // [batch, tokens], 0 where a key is left out, or null
+  uint16_t* out;            // [batch, tokens, heads, d]; zeros where no key is left
+  int64_t batch, tokens, heads, d;
+  float scale;
+  int64_t threads;
+} svk_vision_attention_args;
+
+SVK_EXPORT const char* svk_isa(void);                // the instruction set in use: "avx512", "avx2" or "portable"
+SVK_EXPORT int svk_set_isa(const char* name);        // for tests; SVK_BAD_ARGUMENT where this machine cannot run it
+SVK_EXPORT int svk_linear(const svk_weights*, const svk_linear_args*);
+SVK_EXPORT int svk_vision_attention(const svk_vision_attention_args*);
+
+#ifdef __cplusplus
+}
+#endif

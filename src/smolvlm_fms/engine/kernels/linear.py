@@ -1,0 +1,233 @@
+"""Packed linears on the CPU kernels. K inputs, N outputs, F features of a SwiGLU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smolvlm_fms.engine.kernels import loader, packing
+from smolvlm_fms.engine.kernels.registry import operator, require_bf16
+from smolvlm_fms.errors import ConfigurationError, InputError
+
+KINDS = {
+    "bf16": loader.BF16,
+    "int8_channel": loader.INT8_CHANNEL,
+    "int8": loader.INT8_GROUPS,
+    "int4": loader.INT4_GROUPS,
+}
+ACTIVATIONS = {"none": loader.NO_ACTIVATION, "gelu_tanh": loader.GELU_TANH, "swiglu": loader.SWIGLU}
+_INPUT_MULTIPLE = {loader.BF16: 2, loader.INT8_CHANNEL: 4, loader.INT8_GROUPS: 32, loader.INT4_GROUPS: 32}
+
+_SCHEMA = (
+    "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, Tensor? residual, int kind, int outputs, "
+    "int inputs, int activation, float scale, bool fp32_out) -> Tensor"
+)
+
+
+def _out_features(outputs: int, activation: int) -> int:
+    return outputs // 2 if activation == loader.SWIGLU else outputs
+
+
+def _packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: int,
+    outputs: int,
+    inputs: int,
+    activation: int,
+    scale: float,
+    fp32_out: bool,
+) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if flat.shape[1] < inputs:
+        flat = torch.nn.functional.pad(flat, (0, inputs - flat.shape[1]))
+    if flat.stride(1) != 1:
+        flat = flat.contiguous()
+    features = _out_features(outputs, activation)
+    out = torch.empty((*x.shape[:-1], features), dtype=torch.float32 if fp32_out else torch.bfloat16)
+    if not flat.shape[0]:
+        return out
+    residual = None if residual is None else residual.contiguous()
+    weights = loader.Weights(kind, outputs, inputs, packed.data_ptr(), loader.pointer(scales), loader.pointer(bias))
+    args = loader.LinearArgs(
+        x=flat.data_ptr(),
+        rows=flat.shape[0],
+        x_stride=flat.stride(0),
+        activation=activation,
+        scale=scale,
+        residual=loader.pointer(residual),
+        out=None if fp32_out else out.data_ptr(),
+        out_f32=out.data_ptr() if fp32_out else None,
+        out_stride=features,
+        threads=torch.get_num_threads(),
+    )
+    loader.check(loader.library().svk_linear(weights, args), "packed_linear")
+    return out
+
+
+def _packed_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: int,
+    outputs: int,
+    inputs: int,
+    activation: int,
+    scale: float,
+    fp32_out: bool,
+) -> Tensor:
+    features = _out_features(outputs, activation)
+    return x.new_empty((*x.shape[:-1], features), dtype=torch.float32 if fp32_out else torch.bfloat16)
+
+
+operator(_SCHEMA, _packed_linear, _packed_linear_fake)
+
+
+class PackedLinear(torch.nn.Module):
+    """``residual + scale * activation(x W^T + bias)`` on weights packed once, for one row or thousands.
+
+    kind         ``"bf16"``; ``"int8"`` or ``"int4"``: weights in groups of 32 inputs with a bf16 scale each, while the
+                 activations keep 16 bits (few rows) or bf16; ``"int8_channel"``: 8-bit weights (a scale an output) and
+                 8-bit activations (a scale a row), the fastest and least exact.
+    activation   ``"none"``, ``"gelu_tanh"``, or ``"swiglu"``: the weight is (2F, K), gates before ups, and the answer
+                 silu(gate) * up has F features.
+    weight       (N, K), or a sequence of such matrices over the same inputs (query, key, value; gate, up), which are
+                 joined; ``bias`` likewise, with None for a part without one.
+    """
+
+    packed: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        kind: str = "bf16",
+        activation: str = "none",
+    ) -> None:
+        """Raises: ConfigurationError for an unknown kind or activation, or parts that do not fit together."""
+        super().__init__()
+        if kind not in KINDS or activation not in ACTIVATIONS:
+            raise ConfigurationError(
+                f"kind is one of {[*KINDS]} and activation of {[*ACTIVATIONS]}; got {kind!r}, {activation!r}"
+            )
+        joined, joined_bias = _join(weight, bias)
+        if activation == "swiglu" and joined.shape[0] % 2:
+            raise ConfigurationError(f"a SwiGLU weight holds as many gates as ups; got {joined.shape[0]} rows")
+        self.kind, self.activation = kind, activation
+        self.out_features = _out_features(joined.shape[0], ACTIVATIONS[activation])
+        self.in_features = joined.shape[1]
+        self._kind, self._activation, self._outputs = KINDS[kind], ACTIVATIONS[activation], joined.shape[0]
+        self._inputs = self.in_features + -self.in_features % _INPUT_MULTIPLE[self._kind]
+        if activation == "swiglu":
+            joined = packing.interleave_gate_up(joined)
+            joined_bias = None if joined_bias is None else packing.interleave_gate_up(joined_bias)
+        packed, scales = _pack(joined, kind)
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        if joined_bias is not None:
+            joined_bias = packing.pad_to(joined_bias.float(), -1, packing.PANEL).contiguous()
+        self.register_buffer("bias", joined_bias, persistent=False)
+
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0, fp32_out: bool = False
+    ) -> Tensor:
+        """x (..., K) bf16 -> (..., N) bf16, or fp32 (logits, for instance). ``residual`` has the answer's shape, bf16.
+
+        Raises: InputError for another dtype, device or shape.
+        """
+        require_bf16("x", x)
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"x must end in {self.in_features} inputs; got {tuple(x.shape)}")
+        if residual is not None:
+            require_bf16("residual", residual)
+            if residual.shape != (*x.shape[:-1], self.out_features):
+                raise InputError(f"residual must be {(*x.shape[:-1], self.out_features)}; got {tuple(residual.shape)}")
+        out: Tensor = torch.ops.smolvlm_fms.packed_linear(
+            x,
+            self.packed,
+            self.scales,
+            self.bias,
+            residual,
+            self._kind,
+            self._outputs,
+            self._inputs,
+            self._activation,
+            scale,
+            fp32_out,
+        )
+        return out
+
+    def c_weights(self) -> loader.Weights:
+        """The structure that C functions take; valid while this module and its buffers live."""
+        return loader.Weights(
+            self._kind,
+            self._outputs,
+            self._inputs,
+            self.packed.data_ptr(),
+            loader.pointer(self.scales),
+            loader.pointer(self.bias),
+        )
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, bf16 (*ids.shape, K): the embedding lookup of a tied head, without a second copy.
+
+        Not for SwiGLU or int8_channel weights. Quantised rows come back as they are multiplied: value times scale.
+        """
+        if self.activation == "swiglu" or self.kind == "int8_channel":
+            raise ConfigurationError("rows() is for an embedding: bf16, int8 or int4, without SwiGLU")
+        flat = ids.reshape(-1)
+        panel, column = flat // packing.PANEL, flat % packing.PANEL
+        words = self.packed[panel, :, column].contiguous()
+        if self.kind == "bf16":
+            wide = words.view(torch.bfloat16)
+        else:
+            values = packing.unpack_words(words, 8 if self.kind == "int8" else 4)
+            assert self.scales is not None
+            scale = self.scales[panel, :, column].float()
+            wide = (values.view(len(values), -1, packing.GROUP).float() * scale[..., None]).flatten(1).bfloat16()
+        return wide[:, : self.in_features].reshape(*ids.shape, self.in_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features} -> {self.out_features}, {self.kind}, {self.activation}, bias={self.bias is not None}"
+        )
+
+
+def _join(
+    weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor | None] | None
+) -> tuple[Tensor, Tensor | None]:
+    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases: list[Tensor | None] = [bias] if isinstance(bias, Tensor) else list(bias or [None] * len(parts))
+    shapes = [tuple(part.shape) for part in parts]
+    fits = len(parts) == len(biases) and all(len(shape) == 2 and shape[1] == shapes[0][1] for shape in shapes)
+    if not fits or any(b is not None and b.shape != part.shape[:1] for part, b in zip(parts, biases, strict=False)):
+        raise ConfigurationError(
+            "weights must be (outputs, inputs) over the same inputs, each with its own bias or None; "
+            f"got weights {shapes} and biases {[None if b is None else tuple(b.shape) for b in biases]}"
+        )
+    joined_bias = None
+    if any(b is not None for b in biases):
+        filled = [part.new_zeros(part.shape[0]) if b is None else b for part, b in zip(parts, biases, strict=True)]
+        joined_bias = torch.cat([b.detach().float() for b in filled])
+    return torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach(), joined_bias
+
+
+def _pack(weight_NK: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+    if kind == "bf16":
+        return packing.pack_bf16(weight_NK), None
+    if kind == "int8_channel":
+        q, channel_scales = packing.quantize_channels(weight_NK)
+        return packing.pack_int8(q, 4), packing.pad_to(channel_scales, -1, packing.PANEL).contiguous()
+    q, group_scales = packing.quantize_groups(weight_NK, 8 if kind == "int8" else 4)
+    packed = packing.pack_int8(q, packing.GROUP) if kind == "int8" else packing.pack_int4(q)
+    return packed, packing.pack_group_scales(group_scales)
