@@ -60,6 +60,7 @@ class SmolVLM(nn.Module):
         self.text_model = TextModel(
             c.text,
             tied=c.tie_word_embeddings,
+            scale_logits=False,  # transformers' model of this name does not
             embedding_only=vision_only,
             distributed_strategy=distributed_strategy,
             **parts,

@@ -79,6 +79,7 @@ class TextBackbone(nn.Module):
         self.embedding_only = embedding_only
         if embedding_only:
             return
+        self.rope_length = config.max_position_embeddings
         self.rot_emb = RotaryEmbedding(
             dim=config.head_dim,
             ratio=config.rope_theta,
@@ -120,6 +121,9 @@ class TextBackbone(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             hidden_BTD = hidden_BTD * self.config.embedding_multiplier
         past: Sequence[tuple[Tensor, Tensor] | None] = past_key_value_states or [None] * len(self.layers)
+        total = hidden_BTD.shape[1] + (past[0][0].shape[2] if past[0] is not None else 0)
+        if total > self.rope_length and not torch.compiler.is_compiling():
+            self.prepare_rope(2 * total)
         cache: KVCache = []
         states = [hidden_BTD]
         attn_kwargs.setdefault("attn_name", CACHED if use_cache else PLAIN)
@@ -142,14 +146,19 @@ class TextBackbone(nn.Module):
         states[-1] = hidden_BTD
         return hidden_BTD, cache, tuple(states) if output_hidden_states else ()
 
-    def prepare_rope(self) -> None:
-        """Compute the RoPE tables on the devices where the parameters are. FMS keeps them outside the state dict."""
+    def prepare_rope(self, length: int = 0) -> None:
+        """Compute the RoPE tables on the devices where the parameters are. FMS keeps them outside the state dict.
+
+        They reach over ``length`` positions, and at least over those that the configuration names. Texts may be
+        longer, as in transformers; FMS's own tables do not grow.
+        """
         if self.embedding_only:
             return
+        self.rope_length = max(length, self.config.max_position_embeddings)
         for store in (self.rot_emb.cached_freqs, self.rot_emb.max_seq_len_cached):
             store.clear()
         for device in {p.device for p in self.parameters() if p.device.type != "meta"}:
-            self.rot_emb.compute_freqs_cis(device, self.config.max_position_embeddings)
+            self.rot_emb.compute_freqs_cis(device, self.rope_length)
 
     def reset_parameters(self) -> None:
         """Initialise as FMS's Llama does: truncated normal weights, unit norms."""
@@ -161,12 +170,17 @@ class TextBackbone(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Backbone plus language-model head."""
+    """Backbone plus language-model head.
 
-    def __init__(self, config: TextConfig, *, tied: bool = False, **backbone: Any) -> None:
+    scale_logits: divide the logits by Granite's ``logits_scaling``, as transformers' ``GraniteForCausalLM`` does and
+    its vision-language models, which put a head of their own on the bare backbone, do not.
+    """
+
+    def __init__(self, config: TextConfig, *, tied: bool = False, scale_logits: bool = True, **backbone: Any) -> None:
         super().__init__()
         self.config = config
         self.tied = tied
+        self.logits_divisor = config.logits_scaling if scale_logits else 1.0
         self.base_model = TextBackbone(config, **backbone)
         if self.base_model.embedding_only:
             return
@@ -181,7 +195,7 @@ class TextModel(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Hidden states (…, D) to logits (…, V), in the head's dtype."""
         logits: Tensor = self.head(hidden_BTD)
-        return logits if self.config.logits_scaling == 1.0 else logits / self.config.logits_scaling
+        return logits if self.logits_divisor == 1.0 else logits / self.logits_divisor
 
     def reset_parameters(self) -> None:
         self.base_model.reset_parameters()
