@@ -165,7 +165,9 @@ def group_of(name: str) -> str:
 
 
 def _rename(rules: Rules, name: str) -> str | None:
-    """``name`` under ``rules``, or None where no rule covers its module."""
+    """``name`` under ``rules``, or None where no rule covers its module (or, outside any module, itself)."""
+    if "." not in name:
+        return rules.get(name)
     module, _, leaf = name.rpartition(".")
     found = _NUMBER.search(module)
     if found is None:
@@ -265,7 +267,7 @@ def tied_head_step(_: Family) -> Step:
 def check_step(family: Family) -> Step:
     """Refuse tensors that no module of the architecture has; FMS would only log them."""
 
-    def step(state: StateDict, vision_only: bool = False, **_: Any) -> StateDict:
+    def step(state: StateDict, **_: Any) -> StateDict:
         unknown = sorted(name for name in state if not _is_ours(family, name))
         if unknown:
             raise CheckpointError(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from smolvlm_fms.config_llava import LlavaNextConfig
 from smolvlm_fms.errors import InputError, TokenCountError
 from smolvlm_fms.model.decode import decode
+from smolvlm_fms.model.lifecycle import finish
+from smolvlm_fms.model.masks import grown_mask
 from smolvlm_fms.model.multi_patch import MultiPatchVisionProcessor, create_multi_patch_processor
 from smolvlm_fms.model.packing import pack
 from smolvlm_fms.modules.clip_tower import ClipTower
@@ -96,8 +98,7 @@ class LlavaNext(nn.Module):
 
     def post_init(self) -> None:
         """Tie the head where configured and compute RoPE tables; to be called once the weights are in place."""
-        self.text_model.tie()
-        self.text_model.base_model.prepare_rope()
+        finish(self)
 
     @property
     def multi_patch(self) -> MultiPatchVisionProcessor:
@@ -222,7 +223,8 @@ class LlavaNext(nn.Module):
         """Hook for ``fms.utils.generation.generate(..., prepare_model_inputs_hook=model.prepare_inputs)``.
 
         Pictures in ``kwargs`` are encoded once, on the first iteration; ``forward`` packs their features, and with a
-        cache needs them no more. Returns the ids and the arguments that are left for ``forward``.
+        cache needs them no more. An ``attention_mask`` grows with the text, which FMS's generate leaves to its models.
+        Returns the ids and the arguments that are left for ``forward``.
         """
         left = dict(kwargs)
         pixels, sizes = left.pop("pixel_values", None), left.pop("image_sizes", None)
@@ -232,6 +234,10 @@ class LlavaNext(nn.Module):
             left["image_hidden_states"] = self.encode_images(pixels, sizes)
         if left.get("use_cache") and iteration > 0:
             left.pop("image_hidden_states", None)
+        if left.get("attention_mask") is not None:
+            cache = left.get("past_key_value_states")
+            past = cache[0][0].shape[2] if cache else 0
+            left["attention_mask"] = grown_mask(left["attention_mask"], past + input_ids.shape[1])
         return input_ids, left
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from smolvlm_fms.errors import InputError
 
-__all__ = ["attention_arguments", "text_positions"]
+__all__ = ["attention_arguments", "grown_mask", "text_positions"]
 
 
 def text_positions(attention_mask_BS: Tensor | None, batch: int, length: int, past: int, device: Any) -> Tensor:
@@ -45,3 +45,10 @@ def attention_arguments(attention_mask_BS: Tensor | None, length: int, past: int
     # A padding query would see nothing and its softmax would be 0/0; it sees itself instead, and nobody reads it.
     mask_BTS = (causal_TS & attention_mask_BS.bool()[:, None, :]) | (key_S == query_T1)
     return {"mask": mask_BTS, "is_causal_mask": False}
+
+
+def grown_mask(attention_mask_BS: Tensor | None, total: int) -> Tensor | None:
+    """The mask with ones appended for tokens generated since, up to ``total`` columns."""
+    if attention_mask_BS is None or attention_mask_BS.shape[1] >= total:
+        return attention_mask_BS
+    return torch.nn.functional.pad(attention_mask_BS, (0, total - attention_mask_BS.shape[1]), value=1)

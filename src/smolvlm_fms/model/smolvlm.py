@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from smolvlm_fms.config import SmolVLMConfig
 from smolvlm_fms.errors import InputError
-from smolvlm_fms.model.masks import attention_arguments, text_positions
+from smolvlm_fms.model.decode import decode
+from smolvlm_fms.model.lifecycle import finish
+from smolvlm_fms.model.masks import grown_mask
 from smolvlm_fms.model.multi_patch import MultiPatchVisionProcessor, create_multi_patch_processor
 from smolvlm_fms.model.packing import count_tiles, pack, patch_mask
 from smolvlm_fms.modules.connector import Idefics3Connector
@@ -42,6 +44,13 @@ class SmolVLM(nn.Module):
       text_model    (B, T, D) ─▶ head ─▶ logits (B, T, V)
     """
 
+    # What FMS's loader reads of a checkpoint when only the vision part is asked for: its own names and Hugging Face's.
+    VISION_ONLY_HF_PREFIXES = (
+        *("vision_tower.", "connector.", "text_model.base_model.embedding."),
+        *("model.vision_model.", "model.connector.", "model.text_model.embed_tokens."),
+        *("vision_model.", "text_model.embed_tokens."),
+    )
+
     def __init__(
         self,
         config: SmolVLMConfig | None = None,
@@ -52,7 +61,7 @@ class SmolVLM(nn.Module):
         """``changes`` override fields of ``config``; ``vision_only`` leaves out everything after the embeddings."""
         super().__init__()
         self.config = (config or SmolVLMConfig()).updated(**changes)
-        self.vision_only = vision_only
+        self.vision_only = self._vision_only = vision_only  # FMS's loader looks for the second name
         c = self.config
         parts: dict[str, Any] = {"fused_weights": c.fused_weights, "linear_config": c.linear_config}
         self.vision_tower = SiglipTower(c.vision, **parts)
@@ -82,8 +91,7 @@ class SmolVLM(nn.Module):
 
     def post_init(self) -> None:
         """Tie the head where configured and compute RoPE tables; to be called once the weights are in place."""
-        self.text_model.tie()
-        self.text_model.base_model.prepare_rope()
+        finish(self)
 
     @property
     def multi_patch(self) -> MultiPatchVisionProcessor:
@@ -180,31 +188,18 @@ class SmolVLM(nn.Module):
             inputs = self.embed_inputs(input_ids, pixel_values, pixel_attention_mask, image_hidden_states)
         elif pixel_values is not None or image_hidden_states is not None:
             raise InputError("Embeddings came where token ids are needed: pictures are placed at <image> token ids.")
-        batch, length = inputs.shape[:2]
-        past = past_key_value_states[0][0].shape[2] if past_key_value_states else 0
-        if attn_kwargs.get("mask") is None and "attn_name" not in attn_kwargs:
-            attn_kwargs.pop("mask", None)
-            attn_kwargs |= attention_arguments(attention_mask, length, past, inputs.device)
-        if position_ids is None:
-            position_ids = text_positions(attention_mask, batch, length, past, inputs.device)
-        hidden_BTD, cache, states = self.text_model.base_model(
+        return decode(
+            self.text_model,
             inputs,
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_value_states=past_key_value_states,
             use_cache=use_cache,
+            last_n_tokens=last_n_tokens,
             output_hidden_states=output_hidden_states,
+            logits_mask=logits_mask,
             **attn_kwargs,
         )
-        if last_n_tokens:
-            hidden_BTD = hidden_BTD[:, -last_n_tokens:]
-        elif logits_mask is not None:
-            hidden_BTD = hidden_BTD[logits_mask]
-        results: tuple[Any, ...] = (self.text_model.logits(hidden_BTD),)
-        if use_cache:
-            results += (cache,)
-        if output_hidden_states:
-            results += (states,)
-        return results if len(results) > 1 else results[0]
 
     def prepare_inputs(
         self, iteration: int, input_ids: Tensor, kwargs: MutableMapping[str, Any]
@@ -212,7 +207,8 @@ class SmolVLM(nn.Module):
         """Hook for ``fms.utils.generation.generate(..., prepare_model_inputs_hook=model.prepare_inputs)``.
 
         Pictures in ``kwargs`` are encoded once, on the first iteration; ``forward`` packs their features, and with a
-        cache needs them no more. Returns the ids and the arguments that are left for ``forward``.
+        cache needs them no more. An ``attention_mask`` grows with the text, which FMS's generate leaves to its models.
+        Returns the ids and the arguments that are left for ``forward``.
         """
         left = dict(kwargs)
         pixels, mask = left.pop("pixel_values", None), left.pop("pixel_attention_mask", None)
@@ -220,4 +216,8 @@ class SmolVLM(nn.Module):
             left["image_hidden_states"] = self.encode_images(pixels, mask, input_ids)
         if left.get("use_cache") and iteration > 0:
             left.pop("image_hidden_states", None)
+        if left.get("attention_mask") is not None:
+            cache = left.get("past_key_value_states")
+            past = cache[0][0].shape[2] if cache else 0
+            left["attention_mask"] = grown_mask(left["attention_mask"], past + input_ids.shape[1])
         return input_ids, left

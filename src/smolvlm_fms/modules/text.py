@@ -188,9 +188,12 @@ class TextModel(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Let head and embedding share one tensor, where the configuration says so."""
-        if self.tied and not self.base_model.embedding_only:
-            self.head.weight = self.base_model.embedding.weight
+        """Let head and embedding share one tensor, where the configuration says so: the one that has values."""
+        if not self.tied or self.base_model.embedding_only:
+            return
+        if self.base_model.embedding.weight.is_meta and not self.head.weight.is_meta:
+            self.base_model.embedding.weight = self.head.weight
+        self.head.weight = self.base_model.embedding.weight
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Hidden states (…, D) to logits (…, V), in the head's dtype."""
