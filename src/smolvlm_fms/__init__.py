@@ -1,0 +1,112 @@
+"""SmolVLM on IBM's Foundation Model Stack.
+
+    import smolvlm_fms as sv
+    vlm = sv.load("demo")
+    print(vlm.ask("photo.jpg", "What is this?").text)
+
+Importing this package does no work: names are looked up when they are first used, and FMS is told of our models when
+it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_fms.fms_bridge import register_with_fms as _register_with_fms
+
+if TYPE_CHECKING:
+    from smolvlm_fms.config import SmolVLMConfig, TextConfig, VisionConfig
+    from smolvlm_fms.engine.api import VLM, Stream, load
+    from smolvlm_fms.engine.config import EngineConfig
+    from smolvlm_fms.engine.options import GenerationOptions
+    from smolvlm_fms.errors import (
+        CapacityError,
+        CheckpointError,
+        ConfigurationError,
+        FetchError,
+        ImageError,
+        InputError,
+        MissingDependencyError,
+        PromptError,
+        SmolVLMError,
+        TokenCountError,
+        TrainingError,
+        UnsafeCheckpointError,
+        VideoError,
+    )
+    from smolvlm_fms.model.multi_patch import MultiPatchVisionProcessor, create_multi_patch_processor
+    from smolvlm_fms.model.smolvlm import SmolVLM
+    from smolvlm_fms.processing.image import SmolVLMImageProcessor
+    from smolvlm_fms.processing.processor import SmolVLMProcessor
+    from smolvlm_fms.processing.video import SmolVLMVideoProcessor
+    from smolvlm_fms.types import Answer, Timings, TokenLogprob, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VLM",
+    "Answer",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigurationError",
+    "EngineConfig",
+    "FetchError",
+    "GenerationOptions",
+    "ImageError",
+    "InputError",
+    "MissingDependencyError",
+    "MultiPatchVisionProcessor",
+    "PromptError",
+    "SmolVLM",
+    "SmolVLMConfig",
+    "SmolVLMError",
+    "SmolVLMImageProcessor",
+    "SmolVLMProcessor",
+    "SmolVLMVideoProcessor",
+    "Stream",
+    "TextConfig",
+    "Timings",
+    "TokenCountError",
+    "TokenLogprob",
+    "TrainingError",
+    "UnsafeCheckpointError",
+    "Usage",
+    "VideoError",
+    "VisionConfig",
+    "create_multi_patch_processor",
+    "load",
+]
+
+_HOMES = {
+    "config": "SmolVLMConfig TextConfig VisionConfig",
+    "engine.api": "VLM Stream load",
+    "engine.config": "EngineConfig",
+    "engine.options": "GenerationOptions",
+    "errors": "CapacityError CheckpointError ConfigurationError FetchError ImageError InputError "
+    "MissingDependencyError PromptError SmolVLMError TokenCountError TrainingError UnsafeCheckpointError VideoError",
+    "model.multi_patch": "MultiPatchVisionProcessor create_multi_patch_processor",
+    "model.smolvlm": "SmolVLM",
+    "processing.image": "SmolVLMImageProcessor",
+    "processing.processor": "SmolVLMProcessor",
+    "processing.video": "SmolVLMVideoProcessor",
+    "types": "Answer Timings TokenLogprob Usage",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# get_model("smolvlm", …) must find our variants after this import; the work is done when somebody imports FMS.
+_register_with_fms()

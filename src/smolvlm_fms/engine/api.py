@@ -1,0 +1,287 @@
+"""What a person uses: ``load`` and the object that it returns."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolvlm_fms.bundled import folder_of
+from smolvlm_fms.engine.checkpoint import GenerationDefaults, read_generation_defaults
+from smolvlm_fms.engine.config import BLOCK, EngineConfig
+from smolvlm_fms.engine.engine import Engine, Generation
+from smolvlm_fms.engine.machine import available_memory, cpu_count
+from smolvlm_fms.engine.prepare import Preparer, Prompt
+from smolvlm_fms.engine.runner import ModelRunner, kv_bytes_per_token
+from smolvlm_fms.engine.sequence import Event, Sampled
+from smolvlm_fms.errors import CapacityError, ConfigurationError, InputError
+from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
+from smolvlm_fms.types import Answer, Timings, TokenLogprob, Usage
+
+__all__ = ["VLM", "Stream", "load"]
+
+Messages = SequenceOf[Mapping[str, Any]]
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    quantize: str | None = None,
+    engine: EngineConfig | None = None,
+    **loading: Any,
+) -> VLM:
+    """Load a checkpoint for generation.
+
+    name: a folder, a hub id, or ``"demo"`` (bundled). dtype: of the weights, as torch's or its name (None: the
+    checkpoint's own). threads: CPU threads of this process (None: what the machine or container has). quantize:
+    ``"int8"`` or ``"int4"`` weights for the text model. engine: sizes of caches and batches. loading: further arguments
+    of ``load_model`` (``revision``, ``progress`` …).
+
+    Raises FetchError, CheckpointError, ConfigurationError or CapacityError.
+    """
+    started = time.perf_counter()
+    _set_threads(threads)
+    folder = resolve_folder(folder_of(name))
+    if quantize is not None:
+        raise ConfigurationError(f"quantize={quantize!r} is not available here.")
+    model = load_model(folder, dtype=_dtype(dtype), device=_device(device), **loading)
+    from smolvlm_fms.processing.processor import SmolVLMProcessor
+
+    processor = SmolVLMProcessor.from_pretrained(folder)
+    defaults = read_generation_defaults(folder, processor.tokenizer)
+    config = engine or EngineConfig()
+    runner = ModelRunner(model, _kv_tokens(model, config), defaults.banned)
+    return VLM(model, processor, runner, defaults, config, name=str(name), load_s=time.perf_counter() - started)
+
+
+class VLM:
+    """A model with its processor and an engine. Its methods may be called from several threads; they share batches."""
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        backend: Any,
+        defaults: GenerationDefaults,
+        config: EngineConfig,
+        *,
+        name: str = "",
+        load_s: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.load_s = load_s
+        self.defaults = defaults
+        skip = not defaults.keep_special
+        self.engine = Engine(
+            backend,
+            decode=lambda ids: str(processor.tokenizer.decode(list(ids), skip_special_tokens=skip)),
+            stop_tokens=defaults.stop_tokens,
+            context_length=model.config.text.max_position_embeddings,
+            config=config,
+        )
+        self.preparer = Preparer(processor, model.config.image_token_id, model.config.tokens_per_tile)
+
+    def ask(self, images: Any, question: str, *, system: str | None = None, **options: Any) -> Answer:
+        """Answer a question about pictures.
+
+        images: one picture or a list of them (path, URL, data: URI, bytes, Pillow image, array), or None. ``options``
+        are ``detail`` (``"low"``, ``"auto"``, ``"high"``) and the fields of GenerationOptions (``max_tokens``,
+        ``temperature``, ``stop`` …).
+        """
+        return self.stream(images, question, system=system, **options).finish()
+
+    def stream(self, images: Any, question: str, *, system: str | None = None, **options: Any) -> Stream:
+        """The same, piece by piece: iterate over the text; afterwards ``.answer`` holds the whole."""
+        return self.stream_chat(_question(images, question, system), **options)
+
+    def chat(self, messages: Messages, **options: Any) -> Answer:
+        """Answer a conversation in the chat format that transformers uses."""
+        return self.stream_chat(messages, **options).finish()
+
+    def stream_chat(self, messages: Messages, *, detail: str | None = None, **options: Any) -> Stream:
+        """The same, piece by piece."""
+        chosen = self.defaults.options.updated(options)
+        started = time.perf_counter()
+        prompt = self.preparer.chat(messages, detail)
+        return self._submit(prompt, chosen, started)
+
+    def complete(self, text: str, **options: Any) -> Answer:
+        """Continue plain text, without a chat template."""
+        chosen = self.defaults.options.updated(options)
+        started = time.perf_counter()
+        return self._submit(self.preparer.text(text), chosen, started).finish()
+
+    def batch(self, requests: Iterable[Any], **options: Any) -> list[Answer]:
+        """Answer many requests, several at once, and return the answers in their order.
+
+        Each is ``(images, question)``, a mapping of ``ask``'s arguments, or a conversation (a list of messages);
+        ``options`` hold for all of them. Pictures are prepared as their turn comes. A request that cannot be answered
+        raises when its turn comes; nothing after it is returned.
+        """
+        return list(self.iterate(requests, **options))
+
+    def iterate(self, requests: Iterable[Any], **options: Any) -> Iterator[Answer]:
+        """``batch``, but yielding every answer as soon as it and those before it are there."""
+        window: deque[Stream] = deque()
+        try:
+            for request in requests:
+                window.append(self._start(request, options))
+                if len(window) > self.engine.config.max_sequences:
+                    yield window.popleft().finish()
+            while window:
+                yield window.popleft().finish()
+        finally:
+            for stream in window:
+                stream.cancel()
+
+    def _start(self, request: Any, options: Mapping[str, Any]) -> Stream:
+        if isinstance(request, Mapping):
+            return self.stream(**{**options, "images": None, **request})
+        if isinstance(request, tuple) and len(request) == 2:
+            return self.stream(*request, **options)
+        if isinstance(request, list):
+            return self.stream_chat(request, **options)
+        raise InputError(
+            f"A request is (images, question), a mapping of ask's arguments, or a list of messages; "
+            f"{type(request).__name__} came."
+        )
+
+    def _submit(self, prompt: Prompt, options: Any, started: float) -> Stream:
+        generation = self.engine.submit(prompt.tokens, prompt.pictures, options)
+        return Stream(generation, prompt.image_tokens, self.name, self.load_s, started)
+
+
+class Stream:
+    """An answer on its way: iterate for pieces of text; ``answer`` or ``finish()`` for the whole.
+
+    Leaving the loop early, or ``cancel()``, ends the generation; ``answer`` is then what there was.
+    """
+
+    def __init__(self, generation: Generation, image_tokens: int, model: str, load_s: float, started: float) -> None:
+        self._generation = generation
+        self._image_tokens = image_tokens
+        self._model = model
+        self._load_s = load_s
+        self._started = started
+        self._pieces: list[str] = []
+        self._sampled: list[Sampled] = []
+        self._iterator = self._run()
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._iterator
+
+    def _run(self) -> Iterator[str]:
+        for event in self._generation:
+            self._take(event)
+            if event.text:
+                yield event.text
+
+    def _take(self, event: Event) -> None:
+        self._pieces.append(event.text)
+        self._sampled.extend(event.tokens)
+
+    def cancel(self) -> None:
+        """End the generation."""
+        self._generation.cancel()
+
+    def finish(self) -> Answer:
+        """Wait for the end and return the answer."""
+        with self._lock:
+            for _ in self._iterator:
+                pass
+        return self.answer
+
+    @property
+    def answer(self) -> Answer:
+        """The answer so far; ``finish_reason`` is ``""`` while it is not over."""
+        sequence = self._generation.sequence
+        wants = sequence.options.logprobs is not None
+        return Answer(
+            text="".join(self._pieces),
+            tokens=tuple(sampled.token for sampled in self._sampled),
+            finish_reason=sequence.finish_reason or "",
+            usage=Usage(len(sequence.prompt), self._image_tokens, len(self._sampled), sequence.reused),
+            timings=self._timings(),
+            model=self._model,
+            logprobs=tuple(TokenLogprob(s.token, s.logprob or 0.0, s.top) for s in self._sampled) if wants else None,
+        )
+
+    def _timings(self) -> Timings:
+        clock = self._generation.sequence.clock
+        end = clock.finished or time.perf_counter()
+        first = clock.first_token or end
+        return Timings(
+            load_s=self._load_s,
+            preprocess_s=clock.arrived - self._started,
+            vision_s=clock.vision_s,
+            prefill_s=clock.prefill_s,
+            decode_s=end - first,
+            ttft_s=first - self._started,
+            total_s=end - self._started,
+        )
+
+
+def _question(images: Any, question: str, system: str | None) -> list[dict[str, Any]]:
+    if not isinstance(question, str):
+        raise InputError(f"The question is a string; {type(question).__name__} came.")
+    pictures = [] if images is None else list(images) if isinstance(images, list | tuple) else [images]
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    return messages
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigurationError(f"dtype is {dtype!r}; float32, bfloat16 and float16 are possible.")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigurationError(f"device is {device!r}, which torch does not know: {error}") from error
+
+
+def _set_threads(threads: int | None) -> None:
+    """Torch's threads and our kernels' (they ask torch). A container's quota is obeyed where nobody chose."""
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads must be at least 1; it is {threads}.")
+    wanted = threads or min(torch.get_num_threads(), cpu_count())
+    if wanted != torch.get_num_threads():
+        torch.set_num_threads(wanted)
+
+
+def _kv_tokens(model: Any, config: EngineConfig) -> int:
+    """Tokens in the cache: what ``kv_bytes`` holds, by default one full context within reason."""
+    weight = model.text_model.base_model.embedding.weight
+    per_token = kv_bytes_per_token(model, weight.dtype)
+    budget = config.kv_bytes
+    if budget is None:
+        context = min(model.config.text.max_position_embeddings, config.context_length or 2**60)
+        wanted = max(512 * 2**20, (context + BLOCK) * per_token)
+        budget = min(wanted, available_memory() // 4)
+    tokens = budget // per_token // BLOCK * BLOCK
+    if tokens < BLOCK:
+        raise CapacityError(
+            f"kv_bytes {budget} holds {budget // per_token} tokens of keys and values ({per_token} bytes each); "
+            f"at least {BLOCK} are needed."
+        )
+    return int(tokens)

@@ -1,0 +1,193 @@
+"""From messages to what the engine takes: prompt tokens, and pictures with a digest of their content.
+
+Pictures are processed one by one, so that a row never depends on its neighbours and a picture seen before costs a
+digest and nothing else: its grid is remembered, and its pixels are only made if its features are gone, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolvlm_fms.engine.byte_cache import ByteCache
+from smolvlm_fms.engine.sequence import Picture
+from smolvlm_fms.errors import InputError, PromptError, TokenCountError
+from smolvlm_fms.processing.chat_template import normalise_conversations
+from smolvlm_fms.processing.prompt import PlaceholderTokens, check_counts, expand_placeholders, image_prompt
+
+__all__ = ["Preparer", "Prompt", "content_digest"]
+
+REMEMBERED_GRIDS = 4096
+ORIENTATION = 0x0112
+"""EXIF's tag: the same pixels turned are another picture."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the engine; ``image_tokens`` of its tokens stand for pictures."""
+
+    tokens: list[int]
+    pictures: list[Picture]
+    image_tokens: int
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """One picture or video as the model will see it: its prompt text, its tiles, and how to make their pixels."""
+
+    key: bytes
+    text: str
+    count: int
+    pixels: Any
+
+
+class Preparer:
+    """Makes prompts for one checkpoint. ``processor`` is its SmolVLMProcessor; ``image_token_id`` the model's."""
+
+    def __init__(self, processor: Any, image_token_id: int, tokens_per_tile: int) -> None:
+        self.processor = processor
+        self.image_token_id = image_token_id
+        self.tokens_per_tile = tokens_per_tile
+        self._grids: ByteCache[tuple[str, int]] = ByteCache(REMEMBERED_GRIDS)
+
+    def chat(self, messages: SequenceOf[Mapping[str, Any]], detail: str | None = None) -> Prompt:
+        """Prepare one conversation, in the chat format that transformers uses.
+
+        detail: ``"low"``, ``"auto"``, ``"high"`` or None (the processor's own setting, by default ``"high"``).
+        Raises PromptError, ImageError, VideoError, FetchError or TokenCountError.
+        """
+        conversations, several = normalise_conversations(messages)
+        if several:
+            raise PromptError("Several conversations came where one is answered; use batch for many.")
+        conversation = conversations[0]
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        pictures: list[Any] = []
+        videos: list[Any] = []
+        for kind, source in _media(conversation):
+            (videos if kind == "video" else pictures).append(source)
+        tokens = self._placeholder_tokens()
+        check_counts([text], [len(pictures)], len(videos), tokens)
+        images = [self._image(source, detail) for source in pictures]
+        clips = [self._video(source) for source in videos]
+        (expanded,), (places,) = expand_placeholders(
+            [text], [tiles.text for tiles in images], [tiles.text for tiles in clips], tokens
+        )
+        in_order = {"image": iter(images), "video": iter(clips)}
+        return self._assemble(expanded, [next(in_order[place.kind]) for place in places])
+
+    def text(self, text: str) -> Prompt:
+        """Prepare plain text as it is, without a template or pictures."""
+        return self._assemble(text, [])
+
+    def _assemble(self, text: str, media: list[_Tiles]) -> Prompt:
+        """Tokenise and say which placeholders belong to which picture."""
+        tokenizer = self.processor.tokenizer
+        bos = tokenizer.bos_token
+        ids = tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        places = np.flatnonzero(np.asarray(ids, dtype=np.int64) == self.image_token_id)
+        wanted = sum(tiles.count for tiles in media) * self.tokens_per_tile
+        if len(places) != wanted:
+            raise TokenCountError(
+                f"The prompt has {len(places)} image tokens (id {self.image_token_id}), but its {len(media)} pictures "
+                f"give {wanted}: {[tiles.count for tiles in media]} tiles of {self.tokens_per_tile}. Likely cause: a "
+                "processor that belongs to another checkpoint, or special tokens typed in a message."
+            )
+        pictures, start = [], 0
+        for tiles in media:
+            end = start + tiles.count * self.tokens_per_tile
+            pictures.append(Picture(tiles.key, tiles.count, places[start:end], tiles.pixels))
+            start = end
+        return Prompt(list(ids), pictures, len(places))
+
+    def _image(self, source: Any, detail: str | None) -> _Tiles:
+        source = _content(source)
+        key = content_digest(source, detail, self.processor.image_processor)
+        known = self._grids.get(key)
+
+        def process() -> Any:
+            given = {} if detail is None else {"detail": detail}
+            return self.processor.image_processor([[source]], return_tensors="pt", return_row_col_info=True, **given)
+
+        if known is not None:
+            return _Tiles(key, *known, pixels=_Lazy(process))
+        batch = process()
+        text = image_prompt(batch["rows"][0][0], batch["cols"][0][0], self.tokens_per_tile, self._placeholder_tokens())
+        pixels = _pixels(batch)
+        self._grids.put(key, (text, len(pixels[0])), 1)
+        return _Tiles(key, text, len(pixels[0]), pixels)
+
+    def _video(self, source: Any) -> _Tiles:
+        raise InputError("Videos cannot be asked about yet.")
+
+    def _placeholder_tokens(self) -> PlaceholderTokens:
+        return getattr(self.processor, "placeholder_tokens", None) or PlaceholderTokens()
+
+
+class _Lazy:
+    """Pixels that are made when the backend asks for them."""
+
+    def __init__(self, process: Callable[[], Any]) -> None:
+        self._process = process
+
+    def __call__(self) -> Any:
+        return _pixels(self._process())
+
+
+def _pixels(batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Tiles (N, C, H, W) of a batch of one sample, and their pixel mask (N, H, W), or None where all are real."""
+    mask = batch.get("pixel_attention_mask")
+    return batch["pixel_values"][0], None if mask is None or bool(mask.all()) else mask[0]
+
+
+def _media(conversation: SequenceOf[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """(kind, source) of every picture and video, in the order of the conversation."""
+    for message in conversation:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            kind = part["type"]
+            if kind not in ("image", "video"):
+                continue
+            sources = [part[name] for name in (kind, "path", "url", "base64") if part.get(name) is not None]
+            if not sources:
+                raise PromptError(
+                    f"A part of type {kind!r} says nothing of where its {kind} is; give {kind!r}, 'path', 'url' or "
+                    f"'base64' beside it. Its keys are {sorted(part)}."
+                )
+            yield kind, sources[0]
+
+
+def _content(source: Any) -> Any:
+    """A file's bytes where a path came, so that digest and picture are of the same content; else the source itself."""
+    if isinstance(source, os.PathLike) or (isinstance(source, str) and len(source) < 4096 and "://" not in source[:8]):
+        try:
+            return Path(source).read_bytes()
+        except (OSError, ValueError):
+            return source  # base64, a data: URI, or a path whose error the image processor words
+    return source
+
+
+def content_digest(source: Any, *settings: Any) -> bytes:
+    """A digest of a picture's content and of the settings that it is processed with."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(source, str):
+        digest.update(source.encode("utf-8", "surrogatepass"))
+    elif isinstance(source, bytes | bytearray | memoryview):
+        digest.update(source)
+    elif hasattr(source, "tobytes") and hasattr(source, "size"):  # Pillow images and NumPy arrays
+        array = np.ascontiguousarray(np.asarray(source))
+        exif = source.getexif() if hasattr(source, "getexif") else {}
+        digest.update(repr((getattr(source, "mode", None), exif.get(ORIENTATION), array.shape, array.dtype)).encode())
+        digest.update(array.tobytes())
+    elif hasattr(source, "numpy"):  # torch tensors
+        return content_digest(source.detach().cpu().float().numpy(), source.dtype, *settings)
+    else:
+        digest.update(os.urandom(16))  # an open file or the like: never taken for another one
+    digest.update(repr(settings).encode("utf-8", "replace"))
+    return digest.digest()
