@@ -470,7 +470,7 @@ def _presets() -> dict[str, SmolVLMConfig]:
         return SmolVLMConfig(_tower_base(), text, kind, scale_factor=4, image_token_id=49190)
 
     def large(kind: str, image_token: int, **text: Any) -> SmolVLMConfig:
-        backbone = _smollm2(2048, 8192, 24, 32, 32, rope_theta=273768.0, **text)
+        backbone = _smollm2(2048, 8192, 24, 32, 32, **text)
         return SmolVLMConfig(_tower_so400m(384), backbone, kind, scale_factor=3, image_token_id=image_token)
 
     llama3 = TextConfig(
@@ -489,22 +489,27 @@ def _presets() -> dict[str, SmolVLMConfig]:
             "original_max_position_embeddings": 8192,
         },
         pad_token_id=128002,
+        bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009],
     )
+    ids = {"pad_token_id": 100257, "bos_token_id": 100264, "eos_token_id": 100257}
     granite_docling = SmolVLMConfig(
         _tower_base(),
-        _smollm2(576, 1536, 30, 9, 3, vocab_size=100352),
+        _smollm2(576, 1536, 30, 9, 3, vocab_size=100352, **ids),
         "idefics3",
         scale_factor=4,
         image_token_id=100270,
+        pad_token_id=100257,
         tie_word_embeddings=True,
     )
     return {
         "256m_instruct": small("idefics3"),
         "500m_instruct": middle("idefics3"),
-        "2.2b_instruct": large("idefics3", 49153, vocab_size=49155, max_position_embeddings=16384),
+        # The first 2.2B's context was stretched to 16k by a larger RoPE base; the second kept SmolLM2-1.7B's.
+        "2.2b_instruct": large("idefics3", 49153, vocab_size=49155, max_position_embeddings=16384, rope_theta=273768.0),
         "v2_256m_video_instruct": small("smolvlm"),
         "v2_500m_video_instruct": middle("smolvlm"),
-        "v2_2.2b_instruct": large("smolvlm", 49190),
+        "v2_2.2b_instruct": large("smolvlm", 49190, rope_theta=130000.0),
         "smoldocling_256m": small("idefics3"),
         "granite_docling_258m": granite_docling,
         "idefics3_8b_llama3": SmolVLMConfig(_tower_so400m(364), llama3, "idefics3", image_token_id=128257),

@@ -158,21 +158,24 @@ def resolve_folder(name: str | Path, *, revision: str | None = None) -> Path:
 
 def open_checkpoint(folder: Path, family: Family) -> Checkpoint:
     """Read the headers of the folder's safetensors files; raises CheckpointError or UnsafeCheckpointError."""
-    entries: dict[str, Entry] = {}
-    for file in _weight_files(folder):
-        for raw in _headers(file):
-            name = canonical_name(family, raw.name)
-            if name is None:
-                continue
-            if name in entries:
-                raise CheckpointError(
-                    f"{folder} holds {name} twice: in {entries[name].file.name} and in {file.name}. Remove the files "
-                    "that do not belong to this checkpoint."
-                )
-            entries[name] = raw
-    if not entries:
+    raws = [raw for file in _weight_files(folder) for raw in _headers(file)]
+    if not raws:
         raise CheckpointError(f"The safetensors files in {folder} hold no tensors.")
-    source = "fms" if any(name.startswith(("vision_tower.", "text_model.base_model.")) for name in entries) else "hf"
+    # LLaVA-Next's towers share some names with ours in transformers' newest layout, so names that are only ours decide.
+    source = (
+        "fms" if any(raw.name.startswith(("vision_tower.layers.", "text_model.base_model.")) for raw in raws) else "hf"
+    )
+    entries: dict[str, Entry] = {}
+    for raw in raws:
+        name = raw.name if source == "fms" else canonical_name(family, raw.name)
+        if name is None:
+            continue
+        if name in entries:
+            raise CheckpointError(
+                f"{folder} holds {name} twice: in {entries[name].file.name} and in {raw.file.name}. Remove the files "
+                "that do not belong to this checkpoint."
+            )
+        entries[name] = raw
     return Checkpoint(folder, source, entries)
 
 

@@ -11,10 +11,14 @@ from fms import models
 from fms.utils import serialization
 
 from smolvlm_fms.config import PRESETS, BaseConfig, SmolVLMConfig
+from smolvlm_fms.config_llava import LLAVA_PRESETS, LlavaNextConfig
 from smolvlm_fms.errors import CheckpointError, ConfigurationError
 from smolvlm_fms.fms_bridge.adapters import FAMILIES, SOURCES, STEPS
+from smolvlm_fms.fms_bridge.llava_next import LLAVA_NEXT
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "register_configurations", "register_models"]
+
+FAMILIES["smolvlm_llava_next"] = LLAVA_NEXT
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         config=SmolVLMConfig,
         model="smolvlm_fms.model.smolvlm:SmolVLM",
         presets=PRESETS,
+    ),
+    # FMS has a llava_next of its own, which keeps its name and its checkpoints' class.
+    "smolvlm_llava_next": Architecture(
+        name="smolvlm_llava_next",
+        model_types=("llava_next",),
+        hf_classes=(),
+        config=LlavaNextConfig,
+        model="smolvlm_fms.model.llava_next:LlavaNext",
+        presets=LLAVA_PRESETS,
     ),
 }
 """Every architecture of ours, by its name with FMS."""
@@ -77,6 +90,7 @@ def register_models() -> None:
 
 def _factory(architecture: Architecture, config: BaseConfig) -> Callable[..., Any]:
     def build(**changes: Any) -> Any:
+        changes.pop("model_path", None)  # get_model("hf_pretrained", model_path=…) leaves it among the fields
         return architecture.model_class()(config, **changes)
 
     return build
