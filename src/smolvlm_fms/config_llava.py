@@ -177,6 +177,9 @@ class LlavaNextConfig(BaseConfig):
     vision_feature_layer: which hidden states of the tower are tapped, counted as transformers counts (0: embeddings,
     L or −1: the last block's output, before the post-norm); several are concatenated, in the given order.
     vision_feature_select_strategy: ``default`` drops the class token (CLIP), ``full`` keeps all tokens (SigLIP).
+    scale_logits: divide the logits by the text's ``logits_scaling``, as Granite was trained and as its text model does
+    everywhere. transformers' LLaVA-Next has left that out since it puts a head of its own on the bare backbone (from
+    4.52); False gives its logits. The order of the tokens, and so greedy decoding, is the same either way.
     """
 
     vision: LlavaVisionConfig = field(default_factory=LlavaVisionConfig)
@@ -191,6 +194,7 @@ class LlavaNextConfig(BaseConfig):
     image_seq_length: int = 576
     pad_token_id: int | None = None
     tie_word_embeddings: bool = False
+    scale_logits: bool = True
     dtype: str | None = None
     fused_weights: bool = True
     linear_config: dict[str, Any] | None = None

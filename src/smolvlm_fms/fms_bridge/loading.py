@@ -303,16 +303,16 @@ def _audited(model: Any, family: Family, config: Any, checkpoint: Checkpoint, vi
         if found[name].shape != wanted[name].shape
     ]
     complaints = [
-        f"{len(names)} tensors {what}: {_some(names)}."
+        f"{len(names)} {what}: {_some(names)}."
         for what, names in (
-            ("are missing", sorted(wanted.keys() - found.keys())),
-            ("are unexpected", sorted(found.keys() - wanted.keys())),
-            ("have another shape", misshapen),
+            ("missing", sorted(wanted.keys() - found.keys())),
+            ("unexpected", sorted(found.keys() - wanted.keys())),
+            ("of another shape", misshapen),
         )
         if names
     ]
     if complaints:
-        raise CheckpointError(f"{checkpoint.folder} does not fit its config.json. " + " ".join(complaints))
+        raise CheckpointError(f"The tensors in {checkpoint.folder} do not fit its config.json. " + " ".join(complaints))
     return Checkpoint(checkpoint.folder, checkpoint.source, held)
 
 

@@ -129,3 +129,9 @@ def _parameters(config_class: Any) -> Callable[[Any], dict[str, Any]]:
         return {f.name: getattr(config, f.name) for f in fields(config)}
 
     return build
+
+
+register_models()
+
+
+register_models()

@@ -51,6 +51,14 @@ class LlavaNext(nn.Module):
       text_model    (B, T, D) ─▶ head ─▶ logits (B, T, V)      (Granite scales the image features, too)
     """
 
+    # What FMS's loader reads of a checkpoint when only the vision part is asked for: its own names and Hugging Face's.
+    VISION_ONLY_HF_PREFIXES = (
+        *("vision_tower.", "projector.", "image_newline", "text_model.base_model.embedding."),
+        *("multi_modal_projector.", "language_model.model.embed_tokens."),
+        *("model.vision_tower.", "model.multi_modal_projector.", "model.image_newline"),
+        "model.language_model.embed_tokens.",
+    )
+
     def __init__(
         self,
         config: LlavaNextConfig | None = None,
@@ -61,7 +69,7 @@ class LlavaNext(nn.Module):
         """``changes`` override fields of ``config``; ``vision_only`` leaves out everything after the embeddings."""
         super().__init__()
         self.config = (config or LlavaNextConfig()).updated(**changes)
-        self.vision_only = vision_only
+        self.vision_only = self._vision_only = vision_only  # FMS's loader looks for the second name
         c = self.config
         parts: dict[str, Any] = {"fused_weights": c.fused_weights, "linear_config": c.linear_config}
         tower = ClipTower if c.vision.has_class_token else SiglipTower
@@ -76,6 +84,7 @@ class LlavaNext(nn.Module):
         self.text_model = TextModel(
             c.text,
             tied=c.tie_word_embeddings,
+            scale_logits=c.scale_logits,
             embedding_only=vision_only,
             distributed_strategy=distributed_strategy,
             **parts,
