@@ -45,8 +45,9 @@ class SmolVLMImageProcessor:
     """Pictures to tiles, for SmolVLM, SmolVLM2, Idefics3 and the Docling models.
 
     Every option can be given here or for one call. ``backend`` is ``"pil"`` (Pillow's pixels, to the bit: what
-    ``AutoImageProcessor`` gives without torchvision, and what released checkpoints were made with) or ``"torch"`` (what
-    it gives with torchvision: faster, a few pixels in a thousand differ by a level).
+    ``AutoImageProcessor`` gives without torchvision, in transformers 4 in any case, and what released checkpoints were
+    made with), ``"torch"`` (what it gives with torchvision under transformers 5: a few pixels in a thousand differ by a
+    level or two) or ``"torch4"`` (the ``…Fast`` class of transformers 4: bicubic in place of Lanczos).
 
     Options beyond transformers': ``backend``; ``detail`` (``"low"`` sends one tile, ``"auto"`` does not blow small
     pictures up, ``"high"`` is exact); ``do_center_crop`` with ``crop_size``, after the first resize, off by default.
@@ -172,7 +173,7 @@ class SmolVLMImageProcessor:
                 settings.pop(name)  # transformers' classes have no such setting; say nothing unless it matters
         kind = str(self.unused.get("image_processor_type", "SmolVLMImageProcessor")).removesuffix("Fast")
         kind = kind.removesuffix("Pil")
-        return {**self.unused, **settings, "image_processor_type": kind + ("Fast" if backend == "torch" else "")}
+        return {**self.unused, **settings, "image_processor_type": kind + ("" if backend == "pil" else "Fast")}
 
     def _settings(self) -> dict[str, Any]:
         return {name: copy.deepcopy(getattr(self, name)) for name in DEFAULTS}
@@ -283,7 +284,7 @@ def _collate(
     order = (0, 2, 3, 1)
     if chosen.channels_last:
         tiles = [rows.transpose(order) for rows in tiles]
-    as_torch = kind == "pt" or (kind is None and chosen.backend == "torch")
+    as_torch = kind == "pt" or (kind is None and chosen.backend != "pil")
     if not pad and kind is None:
         values: Any = [[torch.from_numpy(tile) if as_torch else tile for tile in rows] for rows in tiles]
         return _on(ProcessedBatch({"pixel_values": values}), device)

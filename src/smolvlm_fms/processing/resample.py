@@ -1,10 +1,11 @@
-"""Resizing, by two back ends that agree with transformers' two image processors.
+"""Resizing, by back ends that agree with transformers' image processors.
 
 ``pil``    Pillow's own arithmetic: 8 bits in, 8 bits out, one rounding after each of the two passes.
 ``torch``  torch's antialiased interpolation, which is what torchvision calls for tensors. On 8-bit pixels its weights
            have fewer bits than Pillow's, so a few pixels in a thousand differ by a level or two.
+``torch4`` the tensor back end of transformers 4: bicubic in place of Lanczos, in floats, rounded once a resize.
 
-Both work on pixels as height × width × channels.
+All work on pixels as height × width × channels.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from smolvlm_fms.processing.pixels import Picture
 __all__ = ["Backend", "Pixels", "as_array", "prepare", "resize"]
 
 Array: TypeAlias = npt.NDArray[Any]
-Backend: TypeAlias = Literal["pil", "torch"]
+Backend: TypeAlias = Literal["pil", "torch", "torch4"]
 Pixels: TypeAlias = "Image.Image | Array"
 
 _TORCH_MODES = {
@@ -37,11 +38,11 @@ _TORCH_MODES = {
 
 
 def prepare(picture: Picture, backend: Backend) -> Pixels:
-    """What :func:`resize` takes: for ``pil`` always 8-bit, for ``torch`` an array, uint8 or float32."""
+    """What :func:`resize` takes: for ``pil`` always 8-bit, for tensors an array, uint8 or float32."""
     pixels = picture.pixels
     if isinstance(pixels, Image.Image) or pixels.dtype == np.uint8:
         return pixels
-    if backend == "torch":
+    if backend != "pil":
         return pixels.astype(np.float32, copy=False)
     if not picture.unit:
         return np.rint(pixels).astype(np.uint8)
@@ -51,8 +52,8 @@ def prepare(picture: Picture, backend: Backend) -> Pixels:
 
 def resize(pixels: Pixels, size: tuple[int, int], resample: Image.Resampling, backend: Backend) -> Pixels:
     """``pixels`` at (height, width) = ``size``; the same kind of pixels comes back."""
-    if backend == "torch":
-        return _resize_torch(as_array(pixels), size, resample)
+    if backend != "pil":
+        return _resize_torch(as_array(pixels), size, resample, in_floats=backend == "torch4")
     image = as_image(pixels)
     return image if image.size == (size[1], size[0]) else image.resize((size[1], size[0]), resample)
 
@@ -72,20 +73,22 @@ def as_image(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(flat))
 
 
-def _resize_torch(pixels_HWC: Array, size: tuple[int, int], resample: Image.Resampling) -> Array:
+def _resize_torch(pixels_HWC: Array, size: tuple[int, int], resample: Image.Resampling, in_floats: bool) -> Array:
     if pixels_HWC.shape[:2] == size:
         return pixels_HWC
     mode = _torch_mode(resample)
+    if in_floats and mode == "lanczos":
+        mode = "bicubic"
     image = torch.from_numpy(_writable_view(np.ascontiguousarray(pixels_HWC))).permute(2, 0, 1)[None]
     integral = image.dtype == torch.uint8
-    if integral and mode == "bilinear" and not _has_8bit_bilinear():
+    if integral and (in_floats or (mode == "bilinear" and not _has_8bit_bilinear())):
         image = image.float()
     smooth = mode != "nearest-exact"
     resized = torch.nn.functional.interpolate(
         image, size=list(size), mode=mode, antialias=smooth, align_corners=False if smooth else None
     )
     if integral and resized.dtype != torch.uint8:
-        resized = resized.round_().to(torch.uint8)
+        resized = resized.clamp_(0, 255).round_().to(torch.uint8)
     return resized[0].permute(1, 2, 0).numpy()
 
 
@@ -109,9 +112,7 @@ def _torch_mode(resample: Image.Resampling) -> str:
             f"resample={resample.name} has no counterpart on tensors; choose backend='pil', or one of "
             f"{', '.join(each.name for each in _TORCH_MODES)}."
         )
-    if mode == "lanczos" and not _has_lanczos():
-        return "bicubic"
-    return mode
+    return "bicubic" if mode == "lanczos" and not _has_lanczos() else mode
 
 
 @functools.cache

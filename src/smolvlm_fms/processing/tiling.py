@@ -66,7 +66,7 @@ class PixelMap:
         """
         steps: list[tuple[np.ufunc, Float32]] = []
         table = None
-        if backend == "torch":
+        if backend != "pil":
             if floats_to_one and rescale_factor is not None:
                 steps.append((np.multiply, _per_channel([255.0])))
             if mean is not None and std is not None:
