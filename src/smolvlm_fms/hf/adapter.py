@@ -178,6 +178,7 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = causal_mask(self.config.get_text_config(), embeddings_BTD, attention_mask, position_ids, cache)
         weights: list[Tensor] = []
         backbone = self.text.base_model
+        backbone.reach(past + length)
         hidden, _, states = backbone(
             embeddings_BTD,
             position_ids=position_ids,

@@ -121,9 +121,9 @@ class TextBackbone(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             hidden_BTD = hidden_BTD * self.config.embedding_multiplier
         past: Sequence[tuple[Tensor, Tensor] | None] = past_key_value_states or [None] * len(self.layers)
-        total = hidden_BTD.shape[1] + (past[0][0].shape[2] if past[0] is not None else 0)
-        if total > self.rope_length and not torch.compiler.is_compiling():
-            self.prepare_rope(2 * total)
+        # An attention operator of someone else's may keep its state in another form; it calls reach() itself.
+        cached = past[0][0].shape[2] if past[0] is not None and isinstance(past[0][0], Tensor) else 0
+        self.reach(cached + hidden_BTD.shape[1])
         cache: KVCache = []
         states = [hidden_BTD]
         attn_kwargs.setdefault("attn_name", CACHED if use_cache else PLAIN)
@@ -145,6 +145,11 @@ class TextBackbone(nn.Module):
         hidden_BTD = self.dec_norm(hidden_BTD)
         states[-1] = hidden_BTD
         return hidden_BTD, cache, tuple(states) if output_hidden_states else ()
+
+    def reach(self, total: int) -> None:
+        """Make the RoPE tables cover ``total`` positions."""
+        if total > self.rope_length and not torch.compiler.is_compiling():
+            self.prepare_rope(2 * total)
 
     def prepare_rope(self, length: int = 0) -> None:
         """Compute the RoPE tables on the devices where the parameters are. FMS keeps them outside the state dict.
