@@ -15,7 +15,6 @@ which SmolVLM's first folders name, without the splitter of single digits that t
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -26,6 +25,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 
 from smolvlm_fms.errors import ConfigurationError, FetchError, InputError
+from smolvlm_fms.processing.files import read_json, write_json
 
 __all__ = ["SmolVLMTokenizer", "TokenBatch"]
 
@@ -101,9 +101,9 @@ class SmolVLMTokenizer:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust side raises plain Exception
             raise ConfigurationError(f"{file} is not a tokenizer that can be read: {error}") from error
-        configuration = _read_json(folder / "tokenizer_config.json")
+        configuration = read_json(folder / "tokenizer_config.json", missing_ok=True)
         if "added_tokens_decoder" not in configuration:
-            for name, value in _read_json(folder / "special_tokens_map.json").items():
+            for name, value in read_json(folder / "special_tokens_map.json", missing_ok=True).items():
                 if name != "extra_special_tokens" or not configuration.get(name):
                     configuration[name] = value
         template = folder / "chat_template.jinja"
@@ -131,8 +131,8 @@ class SmolVLMTokenizer:
         }
         if named:
             content["extra_special_tokens"] = named
-        _write_json(folder / "tokenizer_config.json", content)
-        _write_json(folder / "special_tokens_map.json", {**standard, "additional_special_tokens": self._extra})
+        write_json(folder / "tokenizer_config.json", content)
+        write_json(folder / "special_tokens_map.json", {**standard, "additional_special_tokens": self._extra})
 
     def __call__(
         self,
@@ -485,19 +485,3 @@ def _as_tensor(name: str, rows: list[Any], kind: str) -> Any:
     import torch
 
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
