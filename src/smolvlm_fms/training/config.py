@@ -84,17 +84,80 @@ class EvalConfig(_Strict):
     max_new_tokens: int = Field(default=48, ge=1)
 
 
+class SourceConfig(_Strict):
+    """One source of conversations; see ``training.sources`` for the kinds.
+
+    weight: samples drawn from it, relative to the other sources (None: as many as it has; streams need one).
+    images: where relative paths of pictures start (None: beside the data). split, subset: for ``datasets``.
+    """
+
+    path: str
+    kind: Literal["jsonl", "parquet", "webdataset", "datasets", "stream"] | None = None
+    weight: float | None = Field(default=None, gt=0)
+    images: str | None = None
+    split: str = "train"
+    subset: str | None = None
+
+
+class DataConfig(_Strict):
+    """What is trained on, and how samples become micro-batches.
+
+    max_length: tokens of a row. too_long: longer samples are dropped, cut at their end (never through a picture), or
+    refused. packing: several samples share a row of ``max_length``, without seeing each other; else rows of similar
+    length are batched and padded. rows: rows of a micro-batch. window: samples that are looked at together to pack or
+    to sort them. workers: processes that read and tile ahead. image: options of the image processor (``size``,
+    ``do_image_splitting``, ``detail`` …), also written into ``final/``.
+    """
+
+    train: list[SourceConfig] = Field(default_factory=list)
+    eval: list[SourceConfig] = Field(default_factory=list)
+    max_length: int = Field(default=2048, ge=8)
+    too_long: Literal["drop", "cut", "refuse"] = "drop"
+    packing: bool = True
+    rows: int = Field(default=1, ge=1)
+    window: int = Field(default=256, ge=1)
+    workers: int = Field(default=1, ge=0)
+    image: dict[str, Any] = Field(default_factory=dict)
+
+
+class LoraConfig(_Strict):
+    """Low-rank adapters (arXiv 2106.09685) by peft, in place of training the weights themselves.
+
+    targets: names of linear layers that get one, as regular expressions over our modules' names; None means every
+    linear layer of the text backbone. Parts named in ``parts`` are trained in full beside them (the connector, say).
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | None = None
+    parts: list[Literal["tower", "connector"]] = Field(default_factory=list)
+
+
+class ParallelConfig(_Strict):
+    """Under ``torchrun``: weights, gradients and moments are sharded over all processes (FSDP2).
+
+    replicas: groups of processes that hold a whole model each (HSDP). tensor: processes that share each layer.
+    """
+
+    replicas: int = Field(default=1, ge=1)
+    tensor: int = Field(default=1, ge=1)
+
+
 class TrainConfig(_Strict):
     """A training run; the classes above explain the nested fields.
 
-    run: the run folder. steps: optimizer steps. accumulate: micro-batches a step, over all processes together.
-    precision: ``bfloat16`` computes under autocast and keeps weights in float32. activation_checkpointing: recompute
-    activations in the backward pass. compile: ``torch.compile`` the model. stop_after_minutes: write a checkpoint and
-    stop; the same command goes on.
+    run: the run folder. model: what is fine-tuned, a checkpoint folder or hub id. steps: optimizer steps (or ``epochs``
+    over the data, which then decides). accumulate: micro-batches a step, over all processes together. precision:
+    ``bfloat16`` computes under autocast and keeps weights in float32. activation_checkpointing: recompute activations
+    in the backward pass. compile: ``torch.compile`` the model. stop_after_minutes: write a checkpoint and stop; the
+    same command goes on.
     """
 
     run: Path
+    model: str | None = None
     steps: int = Field(default=1000, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
     accumulate: int = Field(default=1, ge=1)
     seed: int = Field(default=0, ge=0)
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -109,6 +172,9 @@ class TrainConfig(_Strict):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    lora: LoraConfig | None = None
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
 
     def __init__(self, **values: Any) -> None:
         """Raises ConfigurationError that names every field which is wrong."""

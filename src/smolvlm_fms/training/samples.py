@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smolvlm_fms.errors import InputError
 
-__all__ = ["IGNORE", "Batch", "Sample", "collate", "to_device"]
+__all__ = ["IGNORE", "Batch", "Sample", "collate", "collate_packed", "join", "to_device"]
 
 IGNORE = -100
 """The label of a token that is not learnt."""
@@ -62,6 +62,33 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         "segments": _pad([torch.ones_like(sample.input_ids) for sample in samples], length, 0),
     }
     return batch | stack_pixels(samples)
+
+
+def collate_packed(rows: Sequence[Sequence[Sample]], pad_token_id: int) -> Batch:
+    """Join the samples of each row, and pad rows on the right. Positions start again with each sample."""
+    joined = [join(row) for row in rows]
+    length = max(sample.length for sample in joined)
+    segments = [torch.cat([torch.full_like(s.input_ids, n) for n, s in enumerate(row, 1)]) for row in rows]
+    positions = [torch.cat([torch.arange(sample.length) for sample in row]) for row in rows]
+    batch = collate(joined, pad_token_id) | {"segments": _pad(segments, length, 0)}
+    return batch | {"position_ids": _pad(positions, length, 0)}
+
+
+def join(samples: Sequence[Sample]) -> Sample:
+    """Several samples, one behind the other, as one; a sample's first token is nobody's target."""
+    pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
+    masks = [
+        torch.ones_like(sample.pixel_values[:, 0], dtype=torch.bool) if sample.pixel_attention_mask is None
+        else sample.pixel_attention_mask.bool()
+        for sample in samples if sample.pixel_values is not None
+    ]  # fmt: skip
+    masked = any(sample.pixel_attention_mask is not None for sample in samples)
+    return Sample(
+        torch.cat([sample.input_ids for sample in samples]),
+        torch.cat([sample.labels for sample in samples]),
+        torch.cat(pixels) if pixels else None,
+        torch.cat(masks) if masked else None,
+    )
 
 
 def stack_pixels(rows: Sequence[Sample]) -> Batch:
