@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from smolvlm_fms.errors import FetchError, ImageError
+from smolvlm_fms.errors import FetchError, ImageError, SmolVLMError
 
 __all__ = [
     "FETCH_SECONDS",
@@ -55,7 +55,6 @@ _FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI"),
     *("TIFF", "WEBP"),
 )
-_CHUNK = 1 << 16
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -115,7 +114,7 @@ def fetch(url: str, *, timeout: float = FETCH_SECONDS, max_bytes: int = MAX_FILE
             client.stream("GET", url) as response,
         ):
             response.raise_for_status()
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():
                 body += chunk
                 if len(body) > max_bytes:
                     raise FetchError(f"{_shorten(url)} is larger than {max_bytes:,} bytes; it was not read further.")
@@ -236,17 +235,23 @@ def _read_path(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     try:
         file = Path(text)
         if file.is_file():
-            if (size := file.stat().st_size) > max_bytes:
-                raise ImageError(f"{_shorten(text)}: {size:,} bytes are more than the limit of {max_bytes:,}.")
-            return file.read_bytes()
-        is_directory = file.is_dir()
-    except (OSError, ValueError) as error:
-        is_directory = False
-        if len(text) < 256 and "\0" not in text:
-            raise FetchError(f"{_shorten(text)}: {error}") from error
-    if is_directory:
-        raise FetchError(f"{_shorten(text)} is a folder, not a picture.")
-    # transformers takes bare base64 in place of a path; a real picture is never shorter than this.
+            size = file.stat().st_size
+            if size <= max_bytes:
+                return file.read_bytes()
+            raise ImageError(f"{_shorten(text)}: {size:,} bytes are more than the limit of {max_bytes:,}.")
+        if text and file.is_dir():
+            raise FetchError(f"{_shorten(text)} is a folder, not a picture.")
+    except SmolVLMError:
+        raise
+    except PermissionError as error:
+        raise FetchError(f"{_shorten(text)}: {error}") from error
+    except (OSError, ValueError):
+        pass  # too long for a file name, or a null character: no path, but it may be base64
+    return _bare_base64(path, text)
+
+
+def _bare_base64(path: str | os.PathLike[str], text: str) -> bytes:
+    """transformers takes bare base64 in place of a path; a real picture is never shorter than 64 characters of it."""
     if isinstance(path, str) and len(text) >= 64:
         try:
             return _base64(text)
