@@ -10,7 +10,7 @@ import torch
 
 from smolvlm_fms.errors import InputError
 from smolvlm_fms.fms_bridge.loading import load_model
-from smolvlm_fms.hf import FmsForConditionalGeneration, to_hf_api
+from smolvlm_fms.hf import FmsForConditionalGeneration, FmsModel, FmsVisionTransformer, to_hf_api
 from tests.tiny_models import build_checkpoint, load_peer, make_batch
 
 MODES: dict[str, dict[str, Any]] = {
@@ -113,6 +113,25 @@ def test_save_and_load_go_through_transformers_names(pair: tuple[Path, Any, Any]
         assert torch.equal(again(**batch).logits, expected)
         real = batch["attention_mask"].bool()
         assert torch.allclose(load_peer(tmp_path)(**batch).logits[real], expected[real], atol=1e-4)
+
+
+def test_the_tower_and_the_headless_model_stand_alone(pair: tuple[Path, Any, Any]) -> None:
+    folder, _, theirs = pair
+    batch = make_batch(folder, [1, 2])
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        model = FmsModel.from_pretrained(folder, dtype="float32")
+        mine, reference = (m(**batch).last_hidden_state for m in (model, theirs.model))
+        assert torch.allclose(mine[real], reference[real], atol=1e-4)
+        tower = FmsVisionTransformer.from_pretrained(folder, dtype="float32")
+        tiles = batch["pixel_values"][1]
+        mask = torch.ones(2, tiles.shape[2] // 8, tiles.shape[3] // 8, dtype=torch.bool)
+        mask[1, :, 2:] = False
+        mine, reference = (
+            m(pixel_values=tiles, patch_attention_mask=mask).last_hidden_state
+            for m in (tower, theirs.model.vision_model)
+        )
+    assert torch.allclose(mine[mask.flatten(1)], reference[mask.flatten(1)], atol=1e-4)
 
 
 def test_embeddings_can_be_resized(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 _HOMES = {
     "to_hf_api": "adapter",
     "FmsForConditionalGeneration": "adapter",
-    "FmsVisionTransformer": "parts",
-    "FmsModel": "parts",
+    "FmsVisionTransformer": "adapter",
+    "FmsModel": "adapter",
     "register": "registry",
     "unregister": "registry",
-    "verify": "verify",
+    "verify": "certificate",
 }
 
 __all__ = sorted(_HOMES)

@@ -9,25 +9,30 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.smolvlm.modeling_smolvlm import SmolVLMCausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.smolvlm.modeling_smolvlm import (
+    SmolVLMBaseModelOutputWithPast,
+    SmolVLMCausalLMOutputWithPast,
+)
 
 from smolvlm_fms.errors import InputError
 from smolvlm_fms.fms_bridge.loading import load_model
+from smolvlm_fms.fms_bridge.register import architecture_of
 from smolvlm_fms.fms_bridge.saving import save_pretrained
 from smolvlm_fms.hf.attention import HF_ATTENTION, causal_mask
+from smolvlm_fms.model.llava_next import PictureFeatures
 from smolvlm_fms.model.smolvlm import ImageFeatures
 
-__all__ = ["FmsForConditionalGeneration", "to_hf_api"]
+__all__ = ["FmsForConditionalGeneration", "FmsModel", "FmsVisionTransformer", "to_hf_api"]
 
 
-class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """One of this package's models behind transformers' interface; the weights are shared, not copied."""
+class FmsPreTrainedModel(PreTrainedModel):
+    """What the adapted models share: one of this package's models as ``fms``; weights are shared, not copied."""
 
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")
     base_model_prefix = "fms"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = True
     _supports_sdpa = True
     _supports_attention_backend = False
     _supports_cache_class = True
@@ -41,13 +46,11 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         # transformers decides the form of its masks by this field, which it sets for its own submodels only.
         config.get_text_config()._attn_implementation = "sdpa"
-        self.fms = _build(config) if fms_model is None else fms_model
-        self.loss_type = "ForCausalLM"
+        self.fms = new_model(config.to_dict()) if fms_model is None else fms_model
         self.vocab_size = self.text.config.vocab_size
         if self.fms.config.tie_word_embeddings:
             self._tied_weights_keys = _tied_keys()
         self.post_init()
-        self.generation_config = GenerationConfig.from_model_config(config)
 
     @property
     def text(self) -> Any:
@@ -61,21 +64,10 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embedding: nn.Module = self.text.base_model.embedding
         return embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.text.base_model.embedding = value
-        self._resized(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        head: nn.Module = self.text.head
-        return head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.text.head = new_embeddings
-
-    def _resized(self, embedding: Any) -> None:
-        """Keep our own configuration true after transformers' ``resize_token_embeddings``."""
-        size = embedding.weight.shape[0]
-        self.fms.config = self.fms.config.updated(text={"vocab_size": size})
+        # Keep our own configuration true after transformers' resize_token_embeddings.
+        self.fms.config = self.fms.config.updated(text={"vocab_size": value.weight.shape[0]})
         self.text.config = self.text.base_model.config = self.fms.config.text
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
@@ -89,78 +81,34 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         features: ImageFeatures = self.fms.encode_images(pixel_values, pixel_attention_mask, **kwargs)
         return features
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        pixel_attention_mask: Tensor | None = None,
-        image_hidden_states: Any = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``SmolVLMForConditionalGeneration.forward``: same arguments, same output class."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise InputError("Give exactly one of input_ids and inputs_embeds.")
-        use_cache = self.config.get_text_config().use_cache if use_cache is None else use_cache
-        if self.training and labels is not None and past_key_values is None:
-            use_cache = False
-        features = self._image_features(input_ids, pixel_values, pixel_attention_mask, image_hidden_states, kwargs)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self.fms.embed_inputs(input_ids, image_hidden_states=features)
-        elif features is not None:
-            raise InputError("Pictures need input_ids: they are placed at <image> token ids, which embeddings lack.")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.get_text_config())
-        hidden, states, weights = self._run_text(
-            inputs_embeds, attention_mask, position_ids, past_key_values, bool(output_attentions)
-        )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        logits = self.text.logits(hidden if isinstance(keep, int) else hidden[:, keep])
-        loss = None
-        if labels is not None:
-            loss_arguments = {n: v for n, v in kwargs.items() if n in ("num_items_in_batch", "ignore_index")}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
-        output = SmolVLMCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=states if output_hidden_states else None,
-            attentions=tuple(weights) if output_attentions else None,
-            image_hidden_states=None if features is None else _tensor(features),
-        )
-        return output if return_dict is None or return_dict else output.to_tuple()
-
-    def _image_features(
+    def _encode(
         self,
         input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
         pixel_values: Tensor | None,
         pixel_attention_mask: Tensor | None,
         encoded: Any,
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Features of the pictures, however they came; None without pictures."""
+        image_sizes: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        """Embeddings (B, T, D) with pictures packed in, and the pictures' features (None without pictures)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InputError("Give exactly one of input_ids and inputs_embeds.")
         if pixel_values is not None and encoded is not None:
             raise InputError("Give pixel_values or image_hidden_states, not both.")
-        if pixel_values is not None:
-            extra = {"image_sizes": kwargs["image_sizes"]} if "image_sizes" in kwargs else {}
-            if not extra:
-                return self.fms.encode_images(pixel_values, pixel_attention_mask, input_ids)
-            return self.fms.encode_images(pixel_values, **extra)
-        if isinstance(encoded, list | tuple) and not isinstance(encoded, ImageFeatures):
+        if pixel_values is not None and image_sizes is not None:
+            encoded = self.fms.encode_images(pixel_values, image_sizes)
+        elif pixel_values is not None:
+            encoded = self.fms.encode_images(pixel_values, pixel_attention_mask, input_ids)
+        elif isinstance(encoded, list | tuple) and not isinstance(encoded, ImageFeatures | PictureFeatures):
             encoded = torch.cat(list(encoded))
         if isinstance(encoded, Tensor) and encoded.dim() == 2:  # transformers 5 joins all tiles' tokens
             encoded = encoded[None]
-        return encoded
+        if input_ids is not None:
+            return self.fms.embed_inputs(input_ids, image_hidden_states=encoded), encoded
+        if encoded is not None:
+            raise InputError("Pictures need input_ids: they are placed at <image> token ids, which embeddings lack.")
+        assert inputs_embeds is not None
+        return inputs_embeds, None
 
     def _run_text(
         self,
@@ -170,6 +118,7 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cache: Cache | None,
         record: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+        """Normed hidden states (B, T, D), all hidden states, and attention weights where they are recorded."""
         batch, length = embeddings_BTD.shape[:2]
         past = cache.get_seq_length() if cache is not None else 0
         if position_ids is None:
@@ -192,9 +141,170 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         return hidden, states, weights
 
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache to write to: the caller's, a new one where caching is on, or none."""
+        use_cache = self.config.get_text_config().use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not self.training:
+            return DynamicCache(config=self.config.get_text_config())
+        return cache
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint folder under transformers' own names, loadable by both libraries."""
+        save_pretrained(self.fms, Path(save_directory))
+        if isinstance(self, GenerationMixin):
+            self.generation_config.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Self:
+        """Load a checkpoint folder or hub id with our loader; ``dtype``/``torch_dtype`` and ``device_map`` as usual.
+
+        Raises InputError for options that would change the result and that this loader does not have.
+        """
+        unknown = sorted(set(kwargs) - _LOADING_OPTIONS)
+        if args or unknown:
+            known = ", ".join(sorted(_LOADING_OPTIONS))
+            raise InputError(f"from_pretrained does not take {unknown or args}; known options: {known}.")
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype)
+        device, revision = _device(kwargs.get("device_map")), kwargs.get("revision")
+        model = load_model(pretrained_model_name_or_path, dtype=dtype, device=device, revision=revision)
+        adapted: Self = to_hf_api(model, cls)
+        return adapted
+
+
+# attn_implementation: it is always scaled dot-product attention, computed in full where weights are asked for.
+_LOADING_OPTIONS = {
+    "dtype", "torch_dtype", "device_map", "revision", "config", "trust_remote_code", "attn_implementation",
+    "low_cpu_mem_usage", "use_safetensors", "_from_auto", "adapter_kwargs", "code_revision", "token",
+}  # fmt: skip
+
+
+class FmsModel(FmsPreTrainedModel):
+    """Tower, connector and text backbone without the head: transformers' ``SmolVLMModel``."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_hidden_states: Any = None,
+        image_sizes: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """transformers' ``SmolVLMModel.forward``: last hidden states (B, T, D) and what else is asked for."""
+        embeddings, features = self._encode(
+            input_ids, inputs_embeds, pixel_values, pixel_attention_mask, image_hidden_states, image_sizes
+        )
+        cache = self._cache(past_key_values, use_cache)
+        hidden, states, weights = self._run_text(
+            embeddings, attention_mask, position_ids, cache, bool(output_attentions)
+        )
+        output = SmolVLMBaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=states if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+            image_hidden_states=None if features is None else _tensor(features),
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class FmsVisionTransformer(FmsPreTrainedModel):
+    """The vision tower alone: transformers' ``SmolVLMVisionTransformer``."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """Pixels (N, C, H, W) to patch features (N, P, D); ``patch_attention_mask`` (N, H / p, W / p), bool."""
+        features, states = self.fms.vision_tower(pixel_values, patch_attention_mask, output_hidden_states=True)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features, hidden_states=states if output_hidden_states else None
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+
+class FmsForConditionalGeneration(FmsPreTrainedModel, GenerationMixin):
+    """One of this package's models behind transformers' interface, with ``generate``."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: Any, fms_model: nn.Module | None = None) -> None:
+        super().__init__(config, fms_model)
+        self.loss_type = "ForCausalLM"
+        self.generation_config = GenerationConfig.from_model_config(config)
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.text.head
+        return head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.text.head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        image_hidden_states: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``SmolVLMForConditionalGeneration.forward``: same arguments, same output class."""
+        embeddings, features = self._encode(
+            input_ids, inputs_embeds, pixel_values, pixel_attention_mask, image_hidden_states, image_sizes
+        )
+        cache = self._cache(past_key_values, use_cache)
+        hidden, states, weights = self._run_text(
+            embeddings, attention_mask, position_ids, cache, bool(output_attentions)
+        )
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            hidden = hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
+        logits = self.text.logits(hidden)
+        loss = None
+        if labels is not None:
+            loss_arguments = {n: v for n, v in kwargs.items() if n in ("num_items_in_batch", "ignore_index")}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **loss_arguments)
+        output = SmolVLMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=states if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+            image_hidden_states=None if features is None else _tensor(features),
+        )
+        return output if return_dict is None or return_dict else output.to_tuple()
+
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """As transformers': pictures go in with the prompt and are not encoded again."""
-        pictures = {n: kwargs.pop(n, None) for n in ("pixel_values", "pixel_attention_mask", "image_hidden_states")}
+        names = ("pixel_values", "pixel_attention_mask", "image_hidden_states", "image_sizes")
+        pictures = {n: kwargs.pop(n, None) for n in names}
         cache = kwargs.get("past_key_values")
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         if cache is None or cache.get_seq_length() == 0:
@@ -202,25 +312,12 @@ class FmsForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs.pop("cache_position", None)
         return inputs
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint folder under transformers' own names, loadable by both libraries."""
-        save_pretrained(self.fms, Path(save_directory))
-        self.generation_config.save_pretrained(save_directory)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Self:
-        """Load a checkpoint folder or hub id with our loader; ``dtype``/``torch_dtype`` and ``device_map`` as usual."""
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
-        if isinstance(dtype, str):
-            dtype = None if dtype == "auto" else getattr(torch, dtype)
-        model = load_model(pretrained_model_name_or_path, dtype=dtype, device=_device(kwargs.pop("device_map", None)))
-        return to_hf_api(model, cls)
-
 
 def to_hf_api(model: Any, cls: Any = FmsForConditionalGeneration) -> Any:
     """Return ``model`` (SmolVLM, LlavaNext) as a transformers model. Weights are shared with ``model``.
 
-    The result is a ``PreTrainedModel`` with ``generate``, usable by pipelines, Trainer, peft and TRL.
+    The result is a ``PreTrainedModel`` with ``generate``, usable by pipelines, Trainer, peft and TRL. With ``cls`` a
+    part of it: FmsModel (no head) or FmsVisionTransformer (the tower).
     """
     values = dict(model.config.to_hf())
     config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -229,12 +326,11 @@ def to_hf_api(model: Any, cls: Any = FmsForConditionalGeneration) -> Any:
     return adapted.train(model.training)
 
 
-def _build(config: Any) -> nn.Module:
-    """A randomly initialised model of our own for transformers' ``config``."""
-    from smolvlm_fms.config import SmolVLMConfig
-    from smolvlm_fms.model.smolvlm import SmolVLM
-
-    model = SmolVLM(SmolVLMConfig.from_hf(config.to_dict()))
+def new_model(values: dict[str, Any]) -> Any:
+    """A randomly initialised model of our own for the ``config.json`` of a transformers checkpoint."""
+    architecture = architecture_of(values.get("model_type"))
+    config: Any = architecture.config
+    model = architecture.model_class()(config.from_hf(values))
     model.reset_parameters()
     model.post_init()
     return model
@@ -253,6 +349,9 @@ def _is_v5() -> bool:
 
 
 def _tensor(features: Any) -> Tensor:
+    """Image features as one tensor, as transformers returns them."""
+    if isinstance(features, PictureFeatures):
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in features.features])
     tensor: Tensor = features.features if isinstance(features, ImageFeatures) else features
     return tensor
 
