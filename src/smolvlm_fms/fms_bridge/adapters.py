@@ -45,6 +45,8 @@ FUSED = {
 }
 """FMS's fused linears and the linears that they hold, in order."""
 
+GPTQ_LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+
 HEAD, EMBEDDING = "text_model.head.weight", "text_model.base_model.embedding.weight"
 
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -271,8 +273,8 @@ def check_step(family: Family) -> Step:
         unknown = sorted(name for name in state if not _is_ours(family, name))
         if unknown:
             raise CheckpointError(
-                f"{len(unknown)} tensors belong to no part of this architecture: {', '.join(unknown[:5])}. Is this "
-                "another model's checkpoint, or is the source (hf, fms) wrong?"
+                f"The checkpoint holds {len(unknown)} unexpected: {', '.join(unknown[:5])}"
+                f"{' …' if len(unknown) > 5 else ''}. Is it another model's, or is the source (hf, fms) wrong?"
             )
         return state
 
@@ -330,6 +332,8 @@ def fuse(state: StateDict) -> dict[str, Tensor]:
         for whole, parts in FUSED.items():
             stem, found, leaf = name.rpartition(f".{parts[0]}.")
             names = [f"{stem}.{part}.{leaf}" for part in parts]
+            if found and leaf in GPTQ_LEAVES:
+                raise CheckpointError(f"{name}: GPTQ linears cannot be fused; pass fused_weights=False.")
             if found and all(n in result for n in names):
                 result[f"{stem}.{whole}.{leaf}"] = torch.cat([result.pop(n) for n in names])
     return result

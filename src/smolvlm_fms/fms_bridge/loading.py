@@ -77,8 +77,7 @@ class Checkpoint:
             by_file[self.entries[name].file].append(name)
         result: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
-            # A handle a call: its mapping ends with the last tensor that lies in it, so what is only read to be
-            # reordered or converted leaves memory at once.
+            # A handle a call: its mapping ends with the last tensor that lies in it.
             with _open(file) as handle:
                 result |= {name: handle.get_tensor(self.entries[name].name) for name in wanted}
         return result
@@ -119,8 +118,10 @@ def load_model(
     groups = _groups(checkpoint)
     with torch.no_grad():
         for done, names in enumerate(groups, 1):
-            adapted = from_source(family, checkpoint.source, checkpoint.read(names), config)
-            for name, tensor in adapted.items():
+            tensors = {
+                n: t for part in _reads(checkpoint, family, names, config) for n, t in checkpoint.read(part).items()
+            }
+            for name, tensor in from_source(family, checkpoint.source, tensors, config).items():
                 state[name] = _placed(name, tensor, dtype, device)
             if progress is not None:
                 progress(done / len(groups))
@@ -328,6 +329,17 @@ def _groups(checkpoint: Checkpoint) -> list[list[str]]:
     for name in checkpoint.entries:
         groups[group_of(name)].append(name)
     return list(groups.values())
+
+
+def _reads(checkpoint: Checkpoint, family: Family, names: list[str], config: Any) -> tuple[list[str], list[str]]:
+    """``names`` in two parts: tensors that become parameters as they are, and those that are joined or reordered.
+
+    Tensors read together share one mapping of the file, which lasts as long as any of them. Read apart, the pages of
+    what was only copied from leave memory with it.
+    """
+    empty = {name: torch.empty(checkpoint.entries[name].shape, device="meta") for name in names}
+    kept = {id(tensor) for tensor in from_source(family, checkpoint.source, empty, config).values()}
+    return [n for n in names if id(empty[n]) in kept], [n for n in names if id(empty[n]) not in kept]
 
 
 def _placed(name: str, tensor: Tensor, dtype: torch.dtype | None, device: str | torch.device) -> Tensor:

@@ -20,7 +20,7 @@ def finish(model: Any) -> None:
     missing = [name for name, weight in model.named_parameters() if weight.is_meta]
     if missing and len(missing) < len(list(model.parameters())):
         raise CheckpointError(
-            f"The checkpoint lacks {len(missing)} tensors of this model: {', '.join(missing[:5])}"
-            f"{' …' if len(missing) > 5 else ''}."
+            f"The checkpoint does not hold all tensors of this model. {len(missing)} missing: "
+            f"{', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}."
         )
     model.text_model.base_model.prepare_rope()
