@@ -61,9 +61,118 @@ class VisionAttentionArgs(ctypes.Structure):
     ]
 
 
+class NormArgs(ctypes.Structure):
+    """``svk_norm_args``"""
+
+    _fields_ = [
+        ("x", _ptr),
+        ("weight", _ptr),
+        ("bias", _ptr),
+        ("out", _ptr),
+        ("rows", _i64),
+        ("width", _i64),
+        ("x_stride", _i64),
+        ("subtract_mean", _i64),
+        ("eps", _f32),
+        ("threads", _i64),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """``svk_cache``"""
+
+    _fields_ = [
+        ("keys", _ptr),
+        ("values", _ptr),
+        ("key_layer", _i64),
+        ("key_head", _i64),
+        ("value_layer", _i64),
+        ("value_head", _i64),
+        ("tokens", _i64),
+    ]
+
+
+class Rope(ctypes.Structure):
+    """``svk_rope``"""
+
+    _fields_ = [("cos", _ptr), ("sin", _ptr), ("interleaved", _i64)]
+
+
+class CausalAttentionArgs(ctypes.Structure):
+    """``svk_causal_attention_args``"""
+
+    _fields_ = [
+        ("qkv", _ptr),
+        ("out", _ptr),
+        ("rows", _i64),
+        ("out_stride", _i64),
+        ("heads", _i64),
+        ("kv_heads", _i64),
+        ("d", _i64),
+        ("layer", _i64),
+        ("start", _i64),
+        ("position", _i64),
+        ("scale", _f32),
+        ("threads", _i64),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """``svk_layer``"""
+
+    _fields_ = [
+        ("qkv", Weights),
+        ("out", Weights),
+        ("gate_up", Weights),
+        ("down", Weights),
+        ("attention_norm", _ptr),
+        ("mlp_norm", _ptr),
+    ]
+
+
+class TextModel(ctypes.Structure):
+    """``svk_text_model``"""
+
+    _fields_ = [
+        ("layers", _i64),
+        ("width", _i64),
+        ("heads", _i64),
+        ("kv_heads", _i64),
+        ("d", _i64),
+        ("ff", _i64),
+        ("layer", ctypes.POINTER(Layer)),
+        ("final_norm", _ptr),
+        ("head", Weights),
+        ("rope", Rope),
+        ("eps", _f32),
+        ("attention_scale", _f32),
+        ("embedding_scale", _f32),
+        ("residual_scale", _f32),
+        ("logits_scale", _f32),
+    ]
+
+
+class StepArgs(ctypes.Structure):
+    """``svk_step_args``"""
+
+    _fields_ = [
+        ("hidden", _ptr),
+        ("positions", _ptr),
+        ("starts", _ptr),
+        ("logits", _ptr),
+        ("normed", _ptr),
+        ("rows", _i64),
+        ("threads", _i64),
+    ]
+
+
 _FUNCTIONS: dict[str, list[type]] = {
     "svk_linear": [Weights, LinearArgs],
     "svk_vision_attention": [VisionAttentionArgs],
+    "svk_norm": [NormArgs],
+    "svk_causal_attention": [Cache, Rope, CausalAttentionArgs],
+    "svk_decode": [TextModel, Cache, StepArgs],
+    "svk_prefill": [TextModel, Cache, StepArgs],
 }
 
 

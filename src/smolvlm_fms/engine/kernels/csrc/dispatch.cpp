@@ -53,4 +53,14 @@ int svk_set_isa(const char* name) {
 
 int svk_linear(const svk_weights* w, const svk_linear_args* args) { return table().linear(*w, *args); }
 int svk_vision_attention(const svk_vision_attention_args* args) { return table().vision_attention(*args); }
+int svk_norm(const svk_norm_args* args) { return table().norm(*args); }
+int svk_causal_attention(const svk_cache* cache, const svk_rope* rope, const svk_causal_attention_args* args) {
+  return table().causal_attention(*cache, *rope, *args);
+}
+int svk_decode(const svk_text_model* m, const svk_cache* cache, const svk_step_args* args) {
+  return table().decode(*m, *cache, *args);
+}
+int svk_prefill(const svk_text_model* m, const svk_cache* cache, const svk_step_args* args) {
+  return table().prefill(*m, *cache, *args);
+}
 }

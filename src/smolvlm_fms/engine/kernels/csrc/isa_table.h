@@ -8,13 +8,20 @@ struct svk_table {
   const char* name;
   int (*linear)(const svk_weights&, const svk_linear_args&);
   int (*vision_attention)(const svk_vision_attention_args&);
+  int (*norm)(const svk_norm_args&);
+  int (*causal_attention)(const svk_cache&, const svk_rope&, const svk_causal_attention_args&);
+  int (*decode)(const svk_text_model&, const svk_cache&, const svk_step_args&);
+  int (*prefill)(const svk_text_model&, const svk_cache&, const svk_step_args&);
 };
 
 #ifdef SVK_ISA
+#include "decode.h"
 #include "linear_call.h"
+#include "prefill.h"
 #include "vision_attention.h"
 
 #define SVK_DEFINE_TABLE(variable, isa_name) \
   extern const svk_table variable;           \
-  const svk_table variable = {isa_name, SVK_ISA::linear, SVK_ISA::vision_attention}
+  const svk_table variable = {isa_name,                  SVK_ISA::linear, SVK_ISA::vision_attention, SVK_ISA::norm, \
+                              SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill}
 #endif

@@ -166,7 +166,7 @@ struct Epilogue {
 };
 
 // Rows [begin, end) times 16-wide columns [first, first + count) of panel p.
-SVK_INLINE void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
+static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
                            const Epilogue& e) {
   const int step = rows_per_tile(w.kind);
   for (long m = rows.begin; m < rows.end; m += step) {
@@ -176,20 +176,6 @@ SVK_INLINE void panel_rows(const svk_weights& w, const Rows& a, Range rows, long
       panel_any<decltype(m_const)::value>(w, p, a, m, first, count, sums);
     });
     e.finish(sums, m, live, p, first, count);
-  }
-}
-
-// One thread's share of the columns, for all rows: few rows, so that each weight is read by one thread only.
-SVK_INLINE void linear_by_columns(const svk_weights& w, const Rows& a, long rows, int thread, int threads,
-                                  const Epilogue& e) {
-  const bool whole = e.activation == SVK_SWIGLU;  // gate and up of an output lie in both halves of a panel
-  const long half = whole ? 4 : 2;                // vectors that stay together
-  Range mine = share(ceil_div(w.n, half * 16), thread, threads);
-  for (long at = mine.begin * half; at < mine.end * half;) {
-    long p = at / 4;
-    int first = (int)(at % 4), count = (int)lmin(4 - first, mine.end * half - at);
-    panel_rows(w, a, {0, rows}, p, first, count, e);
-    at += count;
   }
 }
 
@@ -221,22 +207,62 @@ template <int BITS> static void dequantize_panel(const svk_weights& w, long p, u
     }
 }
 
-// One thread's share of the rows, for all columns: a panel stays in the core's cache while the rows pass by.
-SVK_INLINE void linear_by_rows(const svk_weights& w, const Rows& a, Range rows, Range panels, u32* bf16_panel,
-                               const Epilogue& e) {
-  for (long p = panels.begin; p < panels.end; p++) {
-    int count = (int)lmin(4, ceil_div(w.n - p * PANEL, 16));
-    if (e.activation == SVK_SWIGLU) count = 4;
-    if (!bf16_panel) {
-      panel_rows(w, a, rows, p, 0, count, e);
-      continue;
-    }
-    w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, bf16_panel) : dequantize_panel<4>(w, p, bf16_panel);
-    svk_weights one = w;
-    one.kind = SVK_BF16;
-    one.packed = (const void*)((uintptr_t)bf16_panel - (uintptr_t)(p * PANEL * (w.k / 2) * 4));  // panel p: the scratch
-    panel_rows(one, a, rows, p, 0, count, e);
+// From this many rows on, group-quantised weights are widened to bf16 a panel at a time.
+constexpr long WIDEN_FROM_ROWS = 12;
+
+// The form in which activations go to a linear: what its weights multiply, or bf16 when these are widened.
+SVK_INLINE int64_t row_kind(const svk_weights& w, long rows) {
+  return w.kind >= SVK_INT8_GROUPS && rows >= WIDEN_FROM_ROWS ? (int64_t)SVK_BF16 : w.kind;
+}
+
+// Words of the scratch that each thread needs to widen a panel.
+SVK_INLINE long widened_words(const svk_weights& w) { return w.kind >= SVK_INT8_GROUPS ? PANEL * (w.k / 2) : 0; }
+
+// panel_rows, through the bf16 scratch when the activations are bf16 and the weights are not.
+SVK_INLINE void panel_rows_widened(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
+                                   u32* bf16_panel, const Epilogue& e) {
+  if (!a.bf16 || w.kind == SVK_BF16) return panel_rows(w, a, rows, p, first, count, e);
+  w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, bf16_panel) : dequantize_panel<4>(w, p, bf16_panel);
+  svk_weights one = w;
+  one.kind = SVK_BF16;
+  one.packed = (const void*)((uintptr_t)bf16_panel - (uintptr_t)(p * PANEL * (w.k / 2) * 4));  // panel p: the scratch
+  panel_rows(one, a, rows, p, first, count, e);
+}
+
+// One thread's share of the columns, for all rows: few rows, so that each weight is read by one thread only.
+static void linear_by_columns(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
+                              const Epilogue& e) {
+  const bool whole = e.activation == SVK_SWIGLU;  // gate and up of an output lie in both halves of a panel
+  const long half = whole ? 4 : 2;                // vectors that stay together
+  Range mine = share(ceil_div(w.n, half * 16), thread, threads);
+  for (long at = mine.begin * half; at < mine.end * half;) {
+    long p = at / 4;
+    int first = (int)(at % 4), count = (int)lmin(4 - first, mine.end * half - at);
+    panel_rows_widened(w, a, {0, rows}, p, first, count, bf16_panel, e);
+    at += count;
   }
+}
+
+// One thread's share of a grid of rows and columns: a panel stays in the core's cache while the rows pass by.
+static void linear_by_rows(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
+                           const Epilogue& e) {
+  const long tiles = ceil_div(rows, TILE_ROWS);
+  long row_parts = lmax(1, lmin(threads, tiles / 4));  // runs of four tiles or more; threads left over cut the panels
+  while (threads % row_parts) row_parts--;
+  Range my_tiles = share(tiles, thread % row_parts, row_parts);
+  Range mine = {my_tiles.begin * TILE_ROWS, lmin(my_tiles.end * TILE_ROWS, rows)};
+  Range panels = share(ceil_div(w.n, PANEL), thread / row_parts, threads / row_parts);
+  for (long p = panels.begin; p < panels.end; p++) {
+    const int count = e.activation == SVK_SWIGLU ? 4 : (int)lmin(4, ceil_div(w.n - p * PANEL, 16));
+    panel_rows_widened(w, a, mine, p, 0, count, bf16_panel, e);
+  }
+}
+
+// This thread's part of a linear. Every thread of the team calls it with the same arguments but for its scratch.
+SVK_INLINE void linear_part(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
+                            const Epilogue& e) {
+  if (ceil_div(rows, TILE_ROWS) < 4 * threads) return linear_by_columns(w, a, rows, thread, threads, bf16_panel, e);
+  linear_by_rows(w, a, rows, thread, threads, bf16_panel, e);
 }
 
 }  // namespace SVK_ISA

@@ -27,6 +27,13 @@ struct Rows {
     r.sum = from.take<int32_t>(rows * r.scales);
     return r;
   }
+
+  // Room for every kind that a text model uses, one at a time: bf16 or groups.
+  static Rows carve_any(Carver& from, long rows, long k) {
+    Rows r = carve(from, SVK_INT8_GROUPS, rows, k);
+    r.bf16 = from.take<u16>(rows * r.stride);
+    return r;
+  }
 };
 
 // Below, maxima lose a NaN that comes before a number; a sum of x * 0 finds NaN and infinity and spoils the scale.

@@ -9,9 +9,10 @@
 // Scales: float [panels*64] for _CHANNEL, bf16 [panels][k/32][64] for _GROUPS. k is padded with zeros to 2, 4 or 32.
 // A SwiGLU linear holds 32 gate outputs and then their 32 up outputs in each panel; n counts both.
 //
-// Keys and values. One (layer, slot, head) has
-//   keys    uint32 [ceil(T/64)][d/2][64]    64 positions side by side, so that scores are an outer product
-//   values  uint32 [ceil(T/64)*32][d16]     two consecutive positions in one word; d16 is d rounded up to 16
+// Keys and values. One layer and head has blocks of 64 positions one after another:
+//   keys    uint32 [blocks][d/2][64]    64 positions side by side, so that scores are an outer product
+//   values  uint32 [blocks][32][d16]    two consecutive positions in one word; d16 is d rounded up to 16
+// A sequence owns a run of blocks; its `start` is the cache position, a multiple of 64, of its position 0.
 #pragma once
 #include <stdint.h>
 
@@ -54,10 +55,69 @@ typedef struct {
   int64_t threads;
 } svk_vision_attention_args;
 
+typedef struct {
+  const uint16_t* x;    // [rows, width]
+  const float* weight;  // [width]
+  const float* bias;    // [width] or null
+  uint16_t* out;        // [rows, width]
+  int64_t rows, width, x_stride;
+  int64_t subtract_mean;  // 1: LayerNorm, 0: RMSNorm
+  float eps;
+  int64_t threads;
+} svk_norm_args;
+
+typedef struct {
+  uint32_t *keys, *values;
+  int64_t key_layer, key_head, value_layer, value_head;  // strides in words
+  int64_t tokens;                                        // positions in all
+} svk_cache;
+
+typedef struct {
+  const float *cos, *sin;  // [positions, d/2]
+  int64_t interleaved;     // 1: pairs (2i, 2i+1), as FMS has them; 0: pairs (i, i + d/2), as transformers has them
+} svk_rope;
+
+typedef struct {
+  const uint16_t* qkv;  // [rows, (heads + 2 kv_heads) d], queries, keys, values; before the rotation
+  uint16_t* out;        // [rows, heads d]
+  int64_t rows, out_stride, heads, kv_heads, d;
+  int64_t layer, start, position;  // of the first row; the others follow, and earlier positions are in the cache
+  float scale;
+  int64_t threads;
+} svk_causal_attention_args;
+
+typedef struct {
+  svk_weights qkv, out, gate_up, down;  // gate_up as SwiGLU panels
+  const float *attention_norm, *mlp_norm;
+} svk_layer;
+
+typedef struct {
+  int64_t layers, width, heads, kv_heads, d, ff;
+  const svk_layer* layer;
+  const float* final_norm;
+  svk_weights head;
+  svk_rope rope;
+  float eps, attention_scale, embedding_scale, residual_scale, logits_scale;
+} svk_text_model;
+
+typedef struct {
+  const uint16_t* hidden;              // [rows, width] embeddings
+  const int64_t *positions, *starts;   // [rows]; prefill reads the first of each
+  float* logits;                       // [rows, vocabulary]; prefill: of the last row; or null
+  uint16_t* normed;                    // [rows, width] after the final norm, or null
+  int64_t rows, threads;
+} svk_step_args;
+
 SVK_EXPORT const char* svk_isa(void);                // the instruction set in use: "avx512", "avx2" or "portable"
 SVK_EXPORT int svk_set_isa(const char* name);        // for tests; SVK_BAD_ARGUMENT where this machine cannot run it
 SVK_EXPORT int svk_linear(const svk_weights*, const svk_linear_args*);
 SVK_EXPORT int svk_vision_attention(const svk_vision_attention_args*);
+SVK_EXPORT int svk_norm(const svk_norm_args*);
+// Rotates and stores the rows' keys and values, then lets each row attend to its position and all before.
+SVK_EXPORT int svk_causal_attention(const svk_cache*, const svk_rope*, const svk_causal_attention_args*);
+// The whole text model: rows of different sequences (decode), or consecutive rows of one (prefill).
+SVK_EXPORT int svk_decode(const svk_text_model*, const svk_cache*, const svk_step_args*);
+SVK_EXPORT int svk_prefill(const svk_text_model*, const svk_cache*, const svk_step_args*);
 
 #ifdef __cplusplus
 }
