@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from smolvlm_fms.bundled import folder_of
+from smolvlm_fms.engine.backend import Backend
 from smolvlm_fms.engine.checkpoint import GenerationDefaults, read_generation_defaults
 from smolvlm_fms.engine.config import BLOCK, EngineConfig
 from smolvlm_fms.engine.engine import Engine, Generation
@@ -36,6 +37,8 @@ def load(
     device: str | torch.device = "cpu",
     threads: int | None = None,
     quantize: str | None = None,
+    quantize_tower: str | None = None,
+    packed: bool = True,
     engine: EngineConfig | None = None,
     **loading: Any,
 ) -> VLM:
@@ -43,23 +46,24 @@ def load(
 
     name: a folder, a hub id, or ``"demo"`` (bundled). dtype: of the weights, as torch's or its name (None: the
     checkpoint's own). threads: CPU threads of this process (None: what the machine or container has). quantize:
-    ``"int8"`` or ``"int4"`` weights for the text model. engine: sizes of caches and batches. loading: further arguments
-    of ``load_model`` (``revision``, ``progress`` …).
+    ``"int8"`` or ``"int4"`` weights for the text model. quantize_tower: ``"int8"`` for the vision tower, too. packed:
+    on the CPU in bf16, put the weights into the form that is computed with fastest; ``.model`` still computes, but
+    cannot be saved or trained any more. engine: sizes of caches and batches. loading: further arguments of
+    ``load_model`` (``revision``, ``progress`` …).
 
+    fp32 computes exactly what transformers does.
     Raises FetchError, CheckpointError, ConfigurationError or CapacityError.
     """
     started = time.perf_counter()
     _set_threads(threads)
     folder = resolve_folder(folder_of(name))
-    if quantize is not None:
-        raise ConfigurationError(f"quantize={quantize!r} is not available here.")
-    model = load_model(folder, dtype=_dtype(dtype), device=_device(device), **loading)
+    model = load_model(folder, dtype=_dtype(dtype, quantize or quantize_tower), device=_device(device), **loading)
     from smolvlm_fms.processing.processor import SmolVLMProcessor
 
     processor = SmolVLMProcessor.from_pretrained(folder)
     defaults = read_generation_defaults(folder, processor.tokenizer)
     config = engine or EngineConfig()
-    runner = ModelRunner(model, _kv_tokens(model, config), defaults.banned)
+    runner = _backend(model, config, defaults.banned, packed, quantize, quantize_tower)
     return VLM(model, processor, runner, defaults, config, name=str(name), load_s=time.perf_counter() - started)
 
 
@@ -82,7 +86,7 @@ class VLM:
         self.name = name
         self.load_s = load_s
         self.defaults = defaults
-        skip = not defaults.keep_special
+        skip = not processor.keep_special_tokens
         self.engine = Engine(
             backend,
             decode=lambda ids: str(processor.tokenizer.decode(list(ids), skip_special_tokens=skip)),
@@ -244,13 +248,39 @@ def _question(images: Any, question: str, system: str | None) -> list[dict[str, 
     return messages
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def _dtype(dtype: torch.dtype | str | None, quantize: str | None) -> torch.dtype | None:
+    if dtype is None and quantize is not None:
+        return torch.bfloat16
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigurationError(f"dtype is {dtype!r}; float32, bfloat16 and float16 are possible.")
     return found
+
+
+def _backend(
+    model: Any,
+    config: EngineConfig,
+    banned: SequenceOf[int],
+    packed: bool,
+    quantize: str | None,
+    quantize_tower: str | None,
+) -> Backend:
+    """The fastest backend that computes this model as it was asked for."""
+    from smolvlm_fms.engine import cpu_runner, kernels
+
+    if packed and cpu_runner.suits(model):
+        cpu_runner.pack_model(model, quantize, quantize_tower)
+        sort = cpu_runner.CpuRunner if kernels.available() else cpu_runner.FallbackRunner
+        return sort(model, _kv_tokens(model, config), banned)
+    if quantize is not None or quantize_tower is not None:
+        weight = model.text_model.base_model.dec_norm.weight
+        raise ConfigurationError(
+            f"Quantised weights need a SmolVLM in bfloat16 on the CPU and packed=True; this model is in {weight.dtype} "
+            f"on {weight.device}."
+        )
+    return ModelRunner(model, _kv_tokens(model, config), banned)
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -271,7 +301,7 @@ def _set_threads(threads: int | None) -> None:
 
 def _kv_tokens(model: Any, config: EngineConfig) -> int:
     """Tokens in the cache: what ``kv_bytes`` holds, by default one full context within reason."""
-    weight = model.text_model.base_model.embedding.weight
+    weight = model.text_model.base_model.dec_norm.weight
     per_token = kv_bytes_per_token(model, weight.dtype)
     budget = config.kv_bytes
     if budget is None:

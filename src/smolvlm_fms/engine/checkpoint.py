@@ -1,4 +1,4 @@
-"""What a checkpoint folder says about generation: ends, defaults, banned tokens, whether markup is text. No torch."""
+"""What a checkpoint folder says about generation: ends, defaults, banned tokens. No torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from smolvlm_fms.errors import ConfigurationError
 __all__ = ["GenerationDefaults", "read_generation_defaults"]
 
 END_OF_TURN = "<end_of_utterance>"
-MARKUP = ("<doctag>", "<otsl>")
-"""Special tokens that only Docling checkpoints have; their answers are made of special tokens."""
 
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """stop_tokens: ids that end an answer. banned: ids that are never generated. keep_special: whether special tokens
-    are part of the text. options: what holds where the caller says nothing."""
+    """stop_tokens: ids that end an answer. banned: ids that are never generated. options: what holds where the caller
+    says nothing."""
 
     stop_tokens: tuple[int, ...]
     banned: tuple[int, ...]
-    keep_special: bool
     options: GenerationOptions
 
 
@@ -45,7 +42,6 @@ def read_generation_defaults(folder: Path, tokenizer: Any) -> GenerationDefaults
     return GenerationDefaults(
         stop_tokens=tuple(dict.fromkeys(ends)),
         banned=tuple(dict.fromkeys(banned)),
-        keep_special=any(token in vocabulary for token in MARKUP),
         options=_options(said),
     )
 

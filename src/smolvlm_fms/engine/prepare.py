@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,15 @@ import numpy as np
 
 from smolvlm_fms.engine.byte_cache import ByteCache
 from smolvlm_fms.engine.sequence import Picture
-from smolvlm_fms.errors import InputError, PromptError, TokenCountError
+from smolvlm_fms.errors import PromptError, TokenCountError, VideoError
+from smolvlm_fms.processing.chat import media_of
 from smolvlm_fms.processing.chat_template import normalise_conversations
-from smolvlm_fms.processing.prompt import PlaceholderTokens, check_counts, expand_placeholders, image_prompt
+from smolvlm_fms.processing.prompt import check_counts, expand_placeholders
 
 __all__ = ["Preparer", "Prompt", "content_digest"]
 
 REMEMBERED_GRIDS = 4096
+LONGEST_PATH = 4096
 ORIENTATION = 0x0112
 """EXIF's tag: the same pixels turned are another picture."""
 
@@ -66,13 +68,9 @@ class Preparer:
         conversations, several = normalise_conversations(messages)
         if several:
             raise PromptError("Several conversations came where one is answered; use batch for many.")
-        conversation = conversations[0]
-        text = self.processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        pictures: list[Any] = []
-        videos: list[Any] = []
-        for kind, source in _media(conversation):
-            (videos if kind == "video" else pictures).append(source)
-        tokens = self._placeholder_tokens()
+        text = self.processor.apply_chat_template(conversations[0], add_generation_prompt=True)
+        (pictures,), (videos,) = media_of(conversations)
+        tokens = self.processor.tokens
         check_counts([text], [len(pictures)], len(videos), tokens)
         images = [self._image(source, detail) for source in pictures]
         clips = [self._video(source) for source in videos]
@@ -108,26 +106,46 @@ class Preparer:
 
     def _image(self, source: Any, detail: str | None) -> _Tiles:
         source = _content(source)
-        key = content_digest(source, detail, self.processor.image_processor)
+        options = {} if detail is None else {"detail": detail}
+        key = content_digest(source, "image", detail, self.processor.image_processor)
+        return self._tiles(
+            key,
+            lambda: self._process(self.processor.tokens.image, images=[[source]], images_kwargs=options),
+        )
+
+    def _video(self, source: Any) -> _Tiles:
+        """Files are sampled as the checkpoint says, frames taken as they are, as in ``apply_chat_template``."""
+        processor = self.processor.video_processor
+        if processor is None:
+            raise VideoError("This checkpoint was not trained on videos; use a SmolVLM2 checkpoint, or pass frames.")
+        file = isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read")
+        sample = file and processor.fps is not None and processor.num_frames is not None
+        options = {"do_sample_frames": True} if sample else {}
+        key = content_digest(source, "video", processor)
+        return self._tiles(
+            key, lambda: self._process(self.processor.tokens.video, videos=[source], videos_kwargs=options)
+        )
+
+    def _process(self, placeholder: str, **media: Any) -> Any:
+        """One placeholder and its picture or video through the checkpoint's processor."""
+        return self.processor(
+            text=[placeholder],
+            image_seq_len=self.tokens_per_tile,
+            return_tensors="pt",
+            return_text_replacement_offsets=True,
+            **media,
+        )
+
+    def _tiles(self, key: bytes, process: Callable[[], Any]) -> _Tiles:
+        """The prompt text and tile count of a picture: remembered, or found by processing it now."""
         known = self._grids.get(key)
-
-        def process() -> Any:
-            given = {} if detail is None else {"detail": detail}
-            return self.processor.image_processor([[source]], return_tensors="pt", return_row_col_info=True, **given)
-
         if known is not None:
             return _Tiles(key, *known, pixels=_Lazy(process))
         batch = process()
-        text = image_prompt(batch["rows"][0][0], batch["cols"][0][0], self.tokens_per_tile, self._placeholder_tokens())
+        text = batch["text_replacement_offsets"][0][0]["replacement"]
         pixels = _pixels(batch)
         self._grids.put(key, (text, len(pixels[0])), 1)
         return _Tiles(key, text, len(pixels[0]), pixels)
-
-    def _video(self, source: Any) -> _Tiles:
-        raise InputError("Videos cannot be asked about yet.")
-
-    def _placeholder_tokens(self) -> PlaceholderTokens:
-        return getattr(self.processor, "placeholder_tokens", None) or PlaceholderTokens()
 
 
 class _Lazy:
@@ -146,26 +164,11 @@ def _pixels(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     return batch["pixel_values"][0], None if mask is None or bool(mask.all()) else mask[0]
 
 
-def _media(conversation: SequenceOf[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """(kind, source) of every picture and video, in the order of the conversation."""
-    for message in conversation:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else []:
-            kind = part["type"]
-            if kind not in ("image", "video"):
-                continue
-            sources = [part[name] for name in (kind, "path", "url", "base64") if part.get(name) is not None]
-            if not sources:
-                raise PromptError(
-                    f"A part of type {kind!r} says nothing of where its {kind} is; give {kind!r}, 'path', 'url' or "
-                    f"'base64' beside it. Its keys are {sorted(part)}."
-                )
-            yield kind, sources[0]
-
-
 def _content(source: Any) -> Any:
     """A file's bytes where a path came, so that digest and picture are of the same content; else the source itself."""
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and len(source) < 4096 and "://" not in source[:8]):
+    if isinstance(source, os.PathLike) or (
+        isinstance(source, str) and len(source) < LONGEST_PATH and "://" not in source[:8]
+    ):
         try:
             return Path(source).read_bytes()
         except (OSError, ValueError):
@@ -176,10 +179,18 @@ def _content(source: Any) -> Any:
 def content_digest(source: Any, *settings: Any) -> bytes:
     """A digest of a picture's content and of the settings that it is processed with."""
     digest = hashlib.blake2b(digest_size=16)
-    if isinstance(source, str):
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if isinstance(source, str) and len(source) < LONGEST_PATH and os.path.isfile(source):
+        with open(source, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    elif isinstance(source, str):  # base64, a data: URI; what a URL answers is taken to stay as it is
         digest.update(source.encode("utf-8", "surrogatepass"))
     elif isinstance(source, bytes | bytearray | memoryview):
         digest.update(source)
+    elif isinstance(source, list | tuple):  # the frames of a video
+        for frame in source:
+            digest.update(content_digest(frame))
     elif hasattr(source, "tobytes") and hasattr(source, "size"):  # Pillow images and NumPy arrays
         array = np.ascontiguousarray(np.asarray(source))
         exif = source.getexif() if hasattr(source, "getexif") else {}

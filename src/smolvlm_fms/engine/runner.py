@@ -103,13 +103,13 @@ def kv_bytes_per_token(model: SmolVLM, dtype: torch.dtype) -> int:
 
 def embed_prompt(model: SmolVLM, sequence: Sequence, start: int, count: int) -> Tensor:
     """Embeddings (1, T, D) of prompt tokens ``start`` … ``start + count``, image features in their places."""
-    weight = model.text_model.base_model.embedding.weight
-    ids = torch.tensor(sequence.tokens(start, start + count), device=weight.device)
-    hidden_1TD = F.embedding(ids, weight)[None]
+    device = model.text_model.base_model.dec_norm.weight.device
+    ids = torch.tensor(sequence.tokens(start, start + count), device=device)
+    hidden_1TD = model.text_model.base_model.embed(ids)[None]
     for picture in sequence.pictures:
         first, last = placeholders_between(picture, start, start + count)
         if first < last:
-            places = torch.from_numpy(picture.positions[first:last] - start).to(weight.device)
+            places = torch.from_numpy(picture.positions[first:last] - start).to(device)
             features_MD = picture.features.reshape(-1, hidden_1TD.shape[-1])[first:last]
             hidden_1TD[0, places] = features_MD.to(hidden_1TD.dtype)
     return hidden_1TD
@@ -123,7 +123,7 @@ class ModelRunner:
         self.banned = tuple(banned)
         self.kv_tokens = kv_tokens // BLOCK * BLOCK
         text = model.config.text
-        weight = model.text_model.base_model.embedding.weight
+        weight = model.text_model.base_model.dec_norm.weight
         self.kv_bytes_per_token = kv_bytes_per_token(model, weight.dtype)
         assert text.num_key_value_heads is not None and text.head_dim is not None
         shape = (self.kv_tokens, text.num_key_value_heads, text.head_dim)
@@ -146,17 +146,14 @@ class ModelRunner:
     @torch.inference_mode()
     def encode(self, picture: Picture, first: int, count: int) -> None:
         """Run tiles through tower and connector."""
-        pixels_NCHW, mask_NHW = picture.pixels() if callable(picture.pixels) else picture.pixels
-        weight = self.model.connector.proj.weight
+        pixels_NCHW, mask_NHW = picture.resolve()
+        weight = self.model.text_model.base_model.dec_norm.weight
         tiles_1NCHW = pixels_NCHW[None, first : first + count].to(weight.device, weight.dtype)
         mask_1NHW = None if mask_NHW is None else mask_NHW[None, first : first + count].to(weight.device)
         features_NTD, _ = self.model.encode_images(tiles_1NCHW, mask_1NHW)
         if len(features_NTD) != count:
             raise InputError(f"{count - len(features_NTD)} of {count} tiles of a picture are marked as padding.")
-        picture.parts.append(features_NTD)
-        if first + count == picture.tiles:
-            picture.features = torch.cat(picture.parts)
-            picture.parts.clear()
+        picture.add(features_NTD, torch.cat)
 
     def feature_bytes(self, picture: Picture) -> int:
         """Bytes of a picture's features."""
@@ -177,11 +174,12 @@ class ModelRunner:
     @torch.inference_mode()
     def decode(self, sequences: SequenceOf[Sequence]) -> list[Sampled]:
         """One step for sequences at different positions."""
-        weight = self.model.text_model.base_model.embedding.weight
-        ids_B1 = torch.tensor([[s.output[-1]] for s in sequences], device=weight.device)
-        positions_B1 = torch.tensor([[s.computed] for s in sequences], device=weight.device)
+        base = self.model.text_model.base_model
+        device = base.dec_norm.weight.device
+        ids_B1 = torch.tensor([[s.output[-1]] for s in sequences], device=device)
+        positions_B1 = torch.tensor([[s.computed] for s in sequences], device=device)
         rows = [(s.extent.start, s.computed) for s in sequences if s.extent is not None]
-        hidden_B1D = self._forward(F.embedding(ids_B1, weight), positions_B1, rows)
+        hidden_B1D = self._forward(base.embed(ids_B1), positions_B1, rows)
         return sample(self.model.text_model.logits(hidden_B1D[:, -1]), sequences, self.banned)
 
     def _forward(self, hidden_BTD: Tensor, positions_BT: Tensor, rows: Rows) -> Tensor:

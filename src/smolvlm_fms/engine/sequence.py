@@ -48,6 +48,19 @@ class Picture:
     parts: list[Any] = field(default_factory=list)
     encoded: int = 0
 
+    def resolve(self) -> Any:
+        """The pixels, made now if they were put off."""
+        if callable(self.pixels):
+            self.pixels = self.pixels()
+        return self.pixels
+
+    def add(self, part: Any, join: Callable[[list[Any]], Any]) -> None:
+        """Take the features (tiles, …) of the next tiles; ``join`` puts all parts together once they are complete."""
+        self.parts.append(part)
+        if sum(len(one) for one in self.parts) == self.tiles:
+            self.features = join(self.parts)
+            self.parts = []
+
 
 @dataclass(frozen=True)
 class Sampled:

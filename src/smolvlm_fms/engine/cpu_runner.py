@@ -1,0 +1,125 @@
+"""The fast path on the CPU: bf16 (or int8, int4) on packed weights.
+
+With our kernels a chunk of prefill and a decode step are one call each. Without them, packed oneDNN linears stand in
+the model's own blocks, on the exact path's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import torch
+
+from smolvlm_fms.engine import kernels
+from smolvlm_fms.engine.config import BLOCK
+from smolvlm_fms.engine.packed import kernel_text, pack_text, pack_tower
+from smolvlm_fms.engine.runner import ModelRunner, embed_prompt
+from smolvlm_fms.engine.sampler import sample
+from smolvlm_fms.engine.sequence import Picture, Sampled, Sequence
+from smolvlm_fms.engine.tower import PackedTower
+from smolvlm_fms.errors import ConfigurationError
+from smolvlm_fms.model.packing import patch_mask
+from smolvlm_fms.model.smolvlm import SmolVLM
+
+__all__ = ["QUANTIZED", "CpuRunner", "FallbackRunner", "pack_model", "suits"]
+
+QUANTIZED: dict[str | None, tuple[str, str]] = {
+    None: ("bf16", "bf16"),
+    "int8": ("int8", "int8"),
+    "int4": ("int4", "int8"),
+}
+"""Kinds of the text model's blocks and of its head, by what the caller asks for."""
+
+
+def suits(model: Any) -> bool:
+    """Whether the packed path can compute this model as it is: bf16 on the CPU, SwiGLU text, whole linears."""
+    weight = model.text_model.base_model.dec_norm.weight
+    config = model.config
+    return bool(
+        isinstance(model, SmolVLM)
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and config.text.hidden_act == "silu"
+        and config.linear_config is None
+        and not config.text.head_dim % 2
+        and not config.vision.head_dim % 2
+        and max(config.text.head_dim, config.vision.head_dim) <= 256
+    )
+
+
+def pack_model(model: SmolVLM, quantize: str | None = None, quantize_tower: str | None = None) -> None:
+    """Pack a model's linears in place. ``quantize``: None, ``"int8"`` or ``"int4"`` for the text model; the head keeps
+    eight bits. ``quantize_tower``: None or ``"int8"`` (8-bit weights and activations)."""
+    if quantize not in QUANTIZED:
+        raise ConfigurationError(f"quantize is {quantize!r}; it is None, 'int8' or 'int4'.")
+    if quantize_tower not in (None, "int8"):
+        raise ConfigurationError(f"quantize_tower is {quantize_tower!r}; it is None or 'int8'.")
+    pack_text(model.text_model, *QUANTIZED[quantize])
+    pack_tower(model.vision_tower, model.connector, "bf16" if quantize_tower is None else "int8_channel")
+
+
+class _Tower:
+    """Encoding, shared by both runners."""
+
+    tower: PackedTower
+    model: SmolVLM
+
+    @torch.inference_mode()
+    def encode(self, picture: Picture, first: int, count: int) -> None:
+        """Run tiles through tower and connector."""
+        pixels_NCHW, mask_NHW = picture.resolve()
+        mask = None
+        if mask_NHW is not None and not bool(mask_NHW[first : first + count].all()):
+            mask = patch_mask(mask_NHW[first : first + count], self.model.config.vision.patch_size)
+        picture.add(self.tower(pixels_NCHW[first : first + count], mask), torch.cat)
+
+
+class FallbackRunner(_Tower, ModelRunner):
+    """Without our kernels: the exact path's cache and blocks, on oneDNN's packed linears."""
+
+    def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+        super().__init__(model, kv_tokens, banned)
+        self.tower = PackedTower(model.vision_tower, model.connector)
+
+
+class CpuRunner(_Tower):
+    """A Backend on our kernels, for a model that ``pack_model`` has packed."""
+
+    def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+        self.model = model.eval()
+        self.banned = tuple(banned)
+        self.tower = PackedTower(model.vision_tower, model.connector)
+        self.text = kernel_text(model.text_model)
+        self.kv_tokens = kv_tokens // BLOCK * BLOCK
+        self.cache = self.text.new_cache(self.kv_tokens)
+        self.kv_bytes_per_token = kernels.PackedCache.bytes_per_token(
+            len(self.text.layers), self.text.kv_heads, self.text.head_dim
+        )
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copy keys and values within the cache."""
+        self.cache.copy(source, target, tokens)
+
+    def feature_bytes(self, picture: Picture) -> int:
+        """Bytes of a picture's features."""
+        features: torch.Tensor = picture.features
+        return features.numel() * features.element_size()
+
+    @torch.inference_mode()
+    def prefill(self, sequence: Sequence, start: int, count: int) -> Sampled | None:
+        """Compute a chunk of a prompt; sample after its last token."""
+        assert sequence.extent is not None
+        last = start + count == len(sequence.prompt)
+        hidden_TD = embed_prompt(self.model, sequence, start, count)[0]
+        _, logits_V = self.text.prefill(hidden_TD, start, sequence.extent.start, self.cache, logits=last)
+        return sample(logits_V[None], [sequence], self.banned)[0] if last else None
+
+    @torch.inference_mode()
+    def decode(self, sequences: SequenceOf[Sequence]) -> list[Sampled]:
+        """One step for sequences at different positions."""
+        ids_B = torch.tensor([s.output[-1] for s in sequences])
+        positions_B = torch.tensor([s.computed for s in sequences])
+        starts_B = torch.tensor([s.extent.start for s in sequences if s.extent is not None])
+        hidden_BD = self.model.text_model.base_model.embed(ids_B)
+        return sample(self.text.decode(hidden_BD, positions_B, starts_B, self.cache), sequences, self.banned)

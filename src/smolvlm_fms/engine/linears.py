@@ -1,0 +1,137 @@
+"""Linears for inference on the CPU that are packed once: our kernels' where they were built, else oneDNN's or torch's.
+
+All answer ``residual + scale * activation(x W^T + bias)`` in bf16, and all hold the only copy of their weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smolvlm_fms.engine import kernels
+from smolvlm_fms.engine.kernels.packing import quantize_groups
+
+__all__ = ["InferenceLinear", "OneDnnLinear", "make_linear"]
+
+GROUP = 32
+
+
+class InferenceLinear(Protocol):
+    """What the runners expect of a linear."""
+
+    in_features: int
+    out_features: int
+
+    def __call__(
+        self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0, fp32_out: bool = False
+    ) -> Tensor: ...
+
+    def rows(self, ids: Tensor) -> Tensor: ...
+
+
+def make_linear(
+    weight: Tensor | Sequence[Tensor],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    *,
+    kind: str = "bf16",
+    activation: str = "none",
+) -> nn.Module:
+    """A packed linear of the best sort that there is here; arguments as those of ``kernels.PackedLinear``."""
+    sort = kernels.PackedLinear if kernels.available() else OneDnnLinear
+    return sort(weight, bias, kind=kind, activation=activation)
+
+
+@cache
+def _onednn_works() -> bool:
+    """Whether oneDNN's packed linear can be had from this torch: its operators are private, so they are tried first."""
+    try:
+        x, weight = torch.randn(3, 40).bfloat16(), torch.randn(24, 40).bfloat16()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        return bool(torch.allclose(y.float(), x.float() @ weight.float().T, atol=0.3))
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False
+
+
+class OneDnnLinear(nn.Module):
+    """The same contract as ``kernels.PackedLinear`` without our kernels. Quantised kinds are rounded to the same values
+    and computed in bf16: they answer alike, but save no memory."""
+
+    def __init__(
+        self,
+        weight: Tensor | Sequence[Tensor],
+        bias: Tensor | Sequence[Tensor | None] | None = None,
+        *,
+        kind: str = "bf16",
+        activation: str = "none",
+    ) -> None:
+        super().__init__()
+        parts = [weight] if isinstance(weight, Tensor) else list(weight)
+        biases = [bias] if isinstance(bias, Tensor) else list(bias or [None] * len(parts))
+        joined = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
+        if kind != "bf16":
+            joined = _rounded(joined, kind)
+        self.kind = kind
+        self.activation = activation
+        self.out_features = joined.shape[0] // (2 if activation == "swiglu" else 1)
+        self.in_features = joined.shape[1]
+        joined_bias = None
+        if any(one is not None for one in biases):
+            filled = [
+                part.new_zeros(len(part)) if one is None else one for part, one in zip(parts, biases, strict=True)
+            ]
+            joined_bias = torch.cat([one.detach() for one in filled]).bfloat16()
+        self.register_buffer("bias", joined_bias, persistent=False)
+        self._packed: Any = None
+        self._weight: Tensor | None = joined.bfloat16()
+        if _onednn_works():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+            self._weight = None
+
+    def forward(
+        self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0, fp32_out: bool = False
+    ) -> Tensor:
+        """x (..., K) bf16 to (..., N) bf16, or fp32."""
+        bias: Any = self.bias
+        if self._packed is None:
+            assert self._weight is not None
+            y = F.linear(x, self._weight, bias)
+            y = F.gelu(y, approximate="tanh") if self.activation == "gelu_tanh" else y
+        elif residual is not None and scale == 1.0 and self.activation == "none":
+            return _fp32(torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, bias, "add"), fp32_out)
+        else:
+            after: Any = ("gelu", [], "tanh") if self.activation == "gelu_tanh" else ("none", [], "")
+            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, *after)
+        if self.activation == "swiglu":
+            gate, up = y.chunk(2, -1)
+            y = F.silu(gate).mul_(up)
+        if residual is not None:
+            y = torch.add(residual, y, alpha=scale)
+        elif scale != 1.0:
+            y = y * scale
+        return _fp32(y, fp32_out)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight, bf16 (*ids.shape, K)."""
+        if self._weight is None:
+            self._weight = self._packed.to_dense().bfloat16()
+        return F.embedding(ids, self._weight)
+
+
+def _fp32(y: Tensor, wanted: bool) -> Tensor:
+    return y.float() if wanted else y
+
+
+def _rounded(weight_NK: Tensor, kind: str) -> Tensor:
+    """Weights as the quantised kinds hold them, back in bf16."""
+    if kind == "int8_channel":
+        scale = weight_NK.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        return ((weight_NK.float() / scale).round() * scale).bfloat16()
+    q, scales = quantize_groups(weight_NK, 8 if kind == "int8" else 4)
+    wide = q.float() * scales.float().repeat_interleave(GROUP, 1)[:, : q.shape[1]]
+    return wide.bfloat16()
