@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ _SHARED_FILE = "processor_config.json"
 _SECTION = "image_processor"
 
 
-def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(settings that the processor has, the other fields of the file).
+def read_settings(path: Path, known: Container[str] = DEFAULTS) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings that the processor has, which are ``known``, and the other fields of the file).
 
     ``path`` is a folder or the file itself. The section in ``processor_config.json`` counts first, as in transformers.
 
@@ -26,8 +27,8 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigurationError: the file is not a JSON object.
     """
     fields = _find(path)
-    settings = {name: value for name, value in fields.items() if name in DEFAULTS and value is not None}
-    unused = {name: value for name, value in fields.items() if name not in DEFAULTS}
+    settings = {name: value for name, value in fields.items() if name in known and value is not None}
+    unused = {name: value for name, value in fields.items() if name not in known}
     # The class name is the only place where transformers 4 says which of its two back ends a checkpoint asks for.
     if str(fields.get("image_processor_type", "")).endswith("Fast"):
         settings.setdefault("backend", "torch")

@@ -104,14 +104,14 @@ class ImageOptions:
         )
 
 
-def check_names(names: Iterable[str], known: Iterable[str]) -> None:
+def check_names(names: Iterable[str], known: Iterable[str], owner: str = "SmolVLMImageProcessor") -> None:
     """Refuse options that do not exist, with the nearest one that does."""
     known = list(known)
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(sorted(known))}."
-            raise ConfigurationError(f"SmolVLMImageProcessor has no option {name!r}.{hint}")
+            raise ConfigurationError(f"{owner} has no option {name!r}.{hint}")
 
 
 def standard_form(name: str, value: Any) -> Any:
