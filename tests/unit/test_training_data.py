@@ -7,7 +7,6 @@ import json
 import tarfile
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,7 @@ import torch
 from PIL import Image
 
 from smolvlm_fms.errors import ConfigurationError, FetchError, InputError, PromptError, TrainingError
-from smolvlm_fms.processing.image import SmolVLMImageProcessor
-from smolvlm_fms.processing.tokenizer import SmolVLMTokenizer
+from smolvlm_fms.processing.processor import SmolVLMProcessor
 from smolvlm_fms.training import IGNORE, Sample, collate
 from smolvlm_fms.training.config import DataConfig, SourceConfig
 from smolvlm_fms.training.conversation import Conversation, Encoder, read_record
@@ -33,11 +31,14 @@ from tests.unit.training_helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+def processor(tmp_path_factory: pytest.TempPathFactory) -> SmolVLMProcessor:
     folder = build_processor_files(tmp_path_factory.mktemp("processor"), longest_edge=64)
-    tokenizer = SmolVLMTokenizer.from_pretrained(folder)
-    parts = {"image_processor": SmolVLMImageProcessor.from_pretrained(folder), "tokenizer": tokenizer}
-    return Encoder(SimpleNamespace(**parts, chat_template=tokenizer.chat_template, image_seq_len=4), max_length=200)
+    return SmolVLMProcessor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def encoder(processor: SmolVLMProcessor) -> Encoder:
+    return Encoder(processor, max_length=200)
 
 
 def picture(folder: Path, name: str = "a.png", size: tuple[int, int] = (40, 30), colour: int = 0) -> Path:
@@ -113,7 +114,9 @@ def test_records_of_other_shapes(tmp_path: Path) -> None:
         read_record({"messages": [part], "images": ["a", "b"]}, tmp_path, "bad")
 
 
-def test_long_samples_are_never_cut_through_a_picture(encoder: Encoder, tmp_path: Path) -> None:
+def test_long_samples_are_never_cut_through_a_picture(
+    processor: SmolVLMProcessor, encoder: Encoder, tmp_path: Path
+) -> None:
     shown = picture(tmp_path, size=(64, 64))
     text_last = read_record(talk("What?", "word " * 300, [shown]), tmp_path, "a")
     picture_last = read_record(talk("word " * 300, "This.", None), tmp_path, "b")
@@ -121,14 +124,7 @@ def test_long_samples_are_never_cut_through_a_picture(encoder: Encoder, tmp_path
     picture_last.pictures.append(str(shown))
     with pytest.raises(PromptError, match="more than max_length 200"):
         encoder.encode(text_last)
-    cutter = Encoder(
-        SimpleNamespace(
-            image_processor=encoder.image_processor, tokenizer=encoder.tokenizer, chat_template=encoder.template,
-            image_seq_len=4,
-        ),
-        200,
-        cut=True,
-    )  # fmt: skip
+    cutter = Encoder(processor, 200, cut=True)
     assert cutter.encode(text_last).length == 200 and cutter.measure(text_last).cut
     with pytest.raises(PromptError, match="would cut into a picture"):
         cutter.encode(picture_last)

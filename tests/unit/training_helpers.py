@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from smolvlm_fms.config import SmolVLMConfig, TextConfig, VisionConfig
+from smolvlm_fms.fms_bridge.saving import save_pretrained
 from smolvlm_fms.model.smolvlm import SmolVLM
 from smolvlm_fms.training import IGNORE, Sample
+from tests.tiny import build_processor_files, token_ids
 
 IMAGE, PAD, STOP, TOKENS = 60, 2, 3, 4
 """Token ids, and image tokens a tile."""
@@ -49,6 +52,35 @@ class Colours:
         return Sample(
             torch.tensor(prompt + answer), torch.tensor([IGNORE] * len(prompt) + answer), pixels, name=str(index)
         )
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A checkpoint folder that ``load_model``, the processor and transformers read: tiles of 32 pixels, 4 tokens each."""
+    build_processor_files(folder, longest_edge=64)
+    ids = token_ids(folder)
+    size = 4 * (max(ids.values()) // 4 + 1)
+    base = tiny_config()
+    text = base.text.updated(vocab_size=size, bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"])
+    values = {"text": text, "image_token_id": ids["<image>"], "pad_token_id": ids["<|im_end|>"], "vision": base.vision}
+    save_pretrained(tiny_model(seed, **(values | changes)), folder)
+    return folder
+
+
+def write_skill(folder: Path, count: int, start: int = 0) -> Path:
+    """JSONL conversations, ``count`` of them, about pictures of one colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"red": (220, 30, 40), "blue": (30, 60, 220), "green": (40, 190, 60)}
+    lines = []
+    for number in range(start, start + count):
+        name = list(names)[number % 3]
+        shade = tuple(min(255, value + number % 20) for value in names[name])
+        Image.new("RGB", (32, 32 + number % 9), shade).save(folder / f"{number}.png")
+        asked = [{"type": "image", "path": f"{number}.png"}, {"type": "text", "text": "What is in the picture?"}]
+        answered = {"role": "assistant", "content": [{"type": "text", "text": name}]}
+        lines.append(json.dumps({"messages": [{"role": "user", "content": asked}, answered]}))
+    path = folder / f"skill-{start}.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

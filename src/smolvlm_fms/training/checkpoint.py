@@ -1,6 +1,6 @@
 """Checkpoints of a run: written beside, then renamed, so that the newest complete one is always good.
 
-    checkpoints/step-0000500/state.safetensors     trained weights, optimizer moments, averages, random state
+    checkpoints/step-0000500/state.safetensors     trained weights, optimizer moments, averages (or DCP's shards)
     checkpoints/step-0000500/state.json            step, fingerprint of the frozen weights; written last
     checkpoints/.writing-step-0000500/             what a dying process leaves behind; removed at the next start
 
@@ -9,16 +9,17 @@ Frozen weights are not written: they come from the model that the run started fr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smolvlm_fms.errors import TrainingError
@@ -86,12 +87,26 @@ class CheckpointFolder:
         facts: dict[str, Any] = json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))
         return facts
 
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights of ``step``, from the file's header."""
+        shapes = {}
+        with self._opened(step) as file:
+            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dictionary
+                if name.startswith("weights/"):
+                    shapes[name.removeprefix("weights/")] = tuple(file.get_slice(name).get_shape())
+        return shapes
+
     def tensors(self, step: int) -> dict[str, Tensor]:
         """Tensors of ``step``; raises TrainingError for a file that is damaged."""
+        with self._opened(step) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    @contextlib.contextmanager
+    def _opened(self, step: int) -> Iterator[Any]:
         file = self.path(step) / "state.safetensors"
         try:
-            tensors: dict[str, Tensor] = load_file(file)
-            return tensors
+            with safe_open(file, "pt") as handle:
+                yield handle
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"The checkpoint {file.parent} cannot be read ({error}). Delete that folder to go on from an older one."

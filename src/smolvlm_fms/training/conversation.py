@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from smolvlm_fms.errors import ImageError, InputError, PromptError, SmolVLMError
+from smolvlm_fms.errors import ConfigurationError, ImageError, InputError, PromptError, SmolVLMError
 from smolvlm_fms.processing.chat_template import normalise_conversations, render_chat
-from smolvlm_fms.processing.prompt import PlaceholderTokens, expand_placeholders, image_prompt
+from smolvlm_fms.processing.processor import SmolVLMProcessor
+from smolvlm_fms.processing.prompt import expand_placeholders, image_prompt
 from smolvlm_fms.processing.sources import load_image
 from smolvlm_fms.training.samples import IGNORE, Sample
 
@@ -95,19 +96,19 @@ def read_record(record: Mapping[str, Any], folder: Path, name: str) -> Conversat
 class Encoder:
     """Conversations to samples, with a checkpoint's own processor; can be sent to worker processes.
 
-    processor: has ``image_processor``, ``tokenizer``, ``chat_template`` and ``image_seq_len``. max_length: tokens of a
-    sample. cut: shorten longer samples at their end where that end is text, instead of leaving them out.
+    max_length: tokens of a sample. cut: shorten longer samples at their end where that end is text, instead of leaving
+    them out. Raises ConfigurationError for a processor without a chat template.
     """
 
-    def __init__(self, processor: Any, max_length: int, cut: bool = False) -> None:
+    def __init__(self, processor: SmolVLMProcessor, max_length: int, cut: bool = False) -> None:
         self.image_processor = processor.image_processor
         self.tokenizer = processor.tokenizer
-        self.template: str = processor.chat_template
-        self.image_seq_len = int(processor.image_seq_len)
+        self.template = _template(processor.chat_template)
+        self.image_seq_len = processor.image_seq_len
         self.max_length = max_length
         self.cut = cut
-        self.tokens = PlaceholderTokens(image=self.tokenizer.image_token)
-        self.image_token_id = int(self.tokenizer.image_token_id)
+        self.tokens = processor.tokens
+        self.image_token_id = processor.image_token_id
 
     def encode(self, conversation: Conversation) -> Sample:
         """Read the pictures and make the tensors; raises a SmolVLMError for what cannot be trained on."""
@@ -189,6 +190,13 @@ class Encoder:
             # The line break behind the end token is the template's, not the assistant's.
             spans.append((len(before), len(after.rstrip("\n"))))
         return text, spans
+
+
+def _template(templates: str | Mapping[str, str] | None) -> str:
+    template = templates.get("default") if isinstance(templates, Mapping) else templates
+    if template is None:
+        raise ConfigurationError("The checkpoint has no chat template (chat_template.jinja); training needs one.")
+    return template
 
 
 def _parts(message: Mapping[str, Any]) -> list[dict[str, Any]]:

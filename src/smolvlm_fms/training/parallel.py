@@ -1,14 +1,32 @@
-"""One process or many: who this process is, and sums over all of them."""
+"""One process or many: who this process is, sums over all of them, and the model in shards (FSDP2).
+
+    torchrun ─▶ start() ─▶ Group ─▶ shard(model): every block of tower and text, then the rest, over all processes
+
+The processes of a run read different micro-batches of the same step. Gradients are averaged over them, so a run's curve
+is that of one process with the same ``accumulate``.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-__all__ = ["Group"]
+from smolvlm_fms.errors import ConfigurationError
+from smolvlm_fms.training.config import ParallelConfig
+from smolvlm_fms.training.samples import IGNORE, Batch
+
+__all__ = ["Group", "blank_copy", "shard", "started", "whole_model", "with_tiles"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,89 @@ class Group:
         """Sum each value over all processes, in float64."""
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in values])
         if self.world > 1:
-            sums = sums.to(self.device)
             dist.all_reduce(sums)
         return [float(value) for value in sums]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            self.total(0.0)
+
+
+@contextlib.contextmanager
+def started(device: torch.device) -> Iterator[Group]:
+    """The group that ``torchrun`` describes in the environment, or one process; taken down at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        yield Group(dist.get_rank() if world > 1 else 0, world, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    # Numbers for the logs and checkpoints go over gloo, tensors on a GPU over NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Group(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, group: Group, config: ParallelConfig, half: bool) -> None:
+    """Shard parameters in place. ``half``: compute in bfloat16, add gradients up in float32."""
+    if group.world % config.replicas:
+        raise ConfigurationError(f"parallel.replicas {config.replicas} does not divide {group.world} processes.")
+    shape: tuple[int, ...] = (group.world,)
+    names: tuple[str, ...] = ("shard",)
+    if config.replicas > 1:
+        shape, names = (config.replicas, group.world // config.replicas), ("replicate", "shard")
+    mesh = init_device_mesh(group.device.type, shape, mesh_dim_names=names)
+    options: dict[str, Any] = {"mesh": mesh}
+    if half:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+def with_tiles(batch: Batch, config: Any) -> Batch:
+    """``batch``, with a row of one blank tile where it has no pictures.
+
+    Sharded towers are gathered by all processes together, so each of them has to run it. Nothing is learnt there.
+    """
+    if "pixel_values" in batch:
+        return batch
+    rows, length = batch["input_ids"].shape
+    tokens, side = config.tokens_per_tile, config.vision.image_size
+    wide = max(length, tokens)
+    fill = {"input_ids": 0, "labels": IGNORE, "segments": 0, "position_ids": 0}
+    grown: Batch = {}
+    for name, value in fill.items():
+        if name in batch:
+            grown[name] = torch.full((rows + 1, wide), value, dtype=torch.int64)
+            grown[name][:rows, :length] = batch[name]
+    grown["input_ids"][rows, :tokens] = config.image_token_id
+    grown["pixel_values"] = torch.zeros(rows + 1, 1, config.vision.num_channels, side, side)
+    return grown
+
+
+def blank_copy(model: nn.Module) -> nn.Module:
+    """The same modules with parameters that have no storage, to be filled by ``whole_model``; before sharding."""
+    parameters: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        parameters[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, parameters)
+
+
+def whole_model(model: nn.Module, blank: Any, group: Group) -> nn.Module | None:
+    """Gather the shards of ``model`` into ``blank``, on the CPU of the first process; None on the others."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not group.is_first:
+        return None
+    blank.load_state_dict(state, strict=True, assign=True)
+    if hasattr(blank, "post_init"):
+        blank.post_init()  # ties the head again, which ``assign`` has undone
+    whole: nn.Module = blank
+    return whole

@@ -25,8 +25,9 @@ from smolvlm_fms.training.config import TrainConfig
 from smolvlm_fms.training.conversation import Encoder
 from smolvlm_fms.training.evaluate import Evaluator
 from smolvlm_fms.training.feed import PlannedBatches, read_samples
+from smolvlm_fms.training.parallel import Group, started
 from smolvlm_fms.training.preflight import Report, epoch_draws, preflight
-from smolvlm_fms.training.trainer import Trainer, TrainResult
+from smolvlm_fms.training.trainer import Trainer, TrainResult, pick_device
 
 __all__ = ["prepare", "train"]
 
@@ -41,15 +42,15 @@ FREE_TO_CHANGE = {
 
 def train(config: TrainConfig, say: Callable[[str], object] = print) -> TrainResult:
     """Run a configuration to its end, or go on where its run folder stands. ``say`` gets the preflight report."""
-    trainer, report = prepare(config)
-    if trainer.group.is_first:
-        for line in report.lines():
-            say(line)
-    result = trainer.run()
-    return result
+    with started(pick_device(config.device)) as group:
+        trainer, report = prepare(config, group)
+        if group.is_first:
+            for line in report.lines():
+                say(line)
+        return trainer.run()
 
 
-def prepare(config: TrainConfig) -> tuple[Trainer, Report]:
+def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, Report]:
     """Everything up to the first step. Raises TrainingError where that step would make no sense."""
     if config.model is None:
         raise ConfigurationError("model is missing; name the checkpoint folder (or hub id) to start from.")
@@ -62,26 +63,24 @@ def prepare(config: TrainConfig) -> tuple[Trainer, Report]:
 
         torch.manual_seed(config.seed)
         add_adapters(model, config.lora)
-    processor = SmolVLMProcessor.from_pretrained(folder)
-    for name, value in config.data.image.items():
-        setattr(processor.image_processor, name, value)
+    processor = SmolVLMProcessor.from_pretrained(folder, **config.data.image)
     tokenizer = processor.tokenizer
     encoder = Encoder(processor, config.data.max_length, config.data.too_long == "cut")
     config.run.mkdir(parents=True, exist_ok=True)
     plan, report = preflight(config.data, encoder, config.seed, config.run / "preflight")
     if config.epochs is not None:
         config.steps = count_steps(config, plan, report)
-    write_atomically(config.run / "preflight.json", json.dumps(asdict(report), indent=1, ensure_ascii=False))
+    if group is None or group.is_first:
+        write_atomically(config.run / "preflight.json", json.dumps(asdict(report), indent=1, ensure_ascii=False))
     pad = _pad_token(tokenizer, model)
     evaluator = None
     if config.data.eval:
         samples = read_samples(config.data.eval, encoder, max(config.eval.loss_samples, config.eval.generations))
-        stop = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_utterance>")} - {None}
+        stop = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(processor.end_of_utterance_token)} - {None}
         evaluator = Evaluator(samples, lambda ids: str(tokenizer.decode(ids, True)), stop, pad, config.eval)
     batches = PlannedBatches(plan, encoder, pad, config.data.workers)
-    trainer = Trainer(
-        config, model, batches, evaluate=evaluator, save_final=_Final(config, processor, str(config.model))
-    )
+    final = _Final(config, processor, str(config.model))
+    trainer = Trainer(config, model, batches, evaluate=evaluator, save_final=final, group=group)
     return trainer, report
 
 

@@ -27,23 +27,25 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from smolvlm_fms.errors import ConfigurationError, TrainingError
+from smolvlm_fms.errors import CheckpointError, ConfigurationError, TrainingError
 from smolvlm_fms.training.batches import Batches
 from smolvlm_fms.training.checkpoint import CheckpointFolder, fingerprint, write_atomically
 from smolvlm_fms.training.config import TrainConfig
 from smolvlm_fms.training.evaluate import model_inputs
+from smolvlm_fms.training.flops import batch_flops, peak_flops
 from smolvlm_fms.training.loss import shifted_targets, token_loss
 from smolvlm_fms.training.optimizer import Average, build_optimizer, freeze, rate_at, set_rate, trainable
-from smolvlm_fms.training.parallel import Group
+from smolvlm_fms.training.parallel import Group, blank_copy, shard, whole_model, with_tiles
 from smolvlm_fms.training.progress import Bar, JsonLines
 from smolvlm_fms.training.samples import IGNORE, Batch, to_device
+from smolvlm_fms.training.snapshot import Snapshot
+from smolvlm_fms.training.trackers import open_trackers
 
 __all__ = ["TrainResult", "Trainer"]
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, Any]]
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,26 @@ class Trainer:
         self.batches = batches
         self.evaluate = evaluate
         self.save_final = save_final
-        self.model = model.to(self.group.device)
+        self.model: Any = model.to(self.group.device)
         freeze(model, config)
         _set_activation_checkpointing(model, config.activation_checkpointing)
+        self.frozen = fingerprint(model)
+        self.blank: nn.Module | None = None
+        if self.group.world > 1:
+            self.blank = blank_copy(model)
+            shard(model, self.group, config.parallel, config.precision == "bfloat16")
         self.optimizer = build_optimizer(model, config)
         self.average = Average(model, config.optim.ema) if config.optim.ema else None
         self.compute: Callable[..., Tensor] = torch.compile(model) if config.compile else model
         self.checkpoints = CheckpointFolder(config.run / "checkpoints", config.checkpoint.keep)
+        self.snapshot = Snapshot(
+            self.checkpoints, model, self.optimizer, self.average, self.group, config.checkpoint.asynchronous
+        )
         self.step = 0
         self.loss: float | None = None
         self._saved_step = -1
         self._stop = False
+        self._shown: list[Mapping[str, Any]] = []
 
     def run(self) -> TrainResult:
         """Train from the newest checkpoint, or from the start, to the end.
@@ -113,6 +124,8 @@ class Trainer:
                 self._loop()
             finally:
                 self.bar.close()
+                for tracker in self.trackers:
+                    tracker.close()
             final = run / "final"
             if self.step == self.config.steps and self.save_final is not None and not final.exists():
                 self._write_final(final)
@@ -120,10 +133,14 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest checkpoint, if there is one; returns its step (0: none)."""
-        self.checkpoints.clean()
+        if self.group.is_first:
+            self.checkpoints.clean()
         steps = self.checkpoints.steps()
         if steps:
-            self._load(steps[-1])
+            self._check(steps[-1])
+            self.snapshot.restore(steps[-1])
+            self.step = self._saved_step = steps[-1]
+            self.loss = self.checkpoints.facts(steps[-1])["loss"]
         return self.step
 
     def _open_logs(self) -> None:
@@ -131,10 +148,10 @@ class Trainer:
         self.bar = Bar(self.config.steps, self.step, self.config.log.bar and first)
         self.metrics = JsonLines(run / "metrics.jsonl", self.step) if first else None
         self.generations = JsonLines(run / "samples.jsonl", self.step) if first else None
+        self.trackers = open_trackers(self.config, self.step) if first else []
 
     def _loop(self) -> None:
         config, started, saved_at = self.config, time.monotonic(), time.monotonic()
-        torch.manual_seed(config.seed + self.step)
         stream: Iterator[Batch] = iter(())
         if self.step < config.steps:
             stream = self.batches.stream(self.step * config.accumulate, self.group.rank, self.group.world)
@@ -151,11 +168,16 @@ class Trainer:
             if last or self._stop or self.step % config.checkpoint.every == 0 or self._agree(overdue):
                 self.save(required=last or self._stop)
                 saved_at = time.monotonic()
+        self._settle()
 
     def _train_step(self, stream: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Leaves weights and ``self.step`` alone if a number is not finite."""
         config, device, began = self.config, self.group.device, time.monotonic()
-        batches = [to_device(next(stream), device) for _ in range(config.accumulate // self.group.world)]
+        # Dropout, where there is any, must fall the same way in a run that resumes here.
+        torch.manual_seed(config.seed + 1_000_003 * self.step + self.group.rank)
+        batches = [
+            to_device(self._complete(next(stream)), device) for _ in range(config.accumulate // self.group.world)
+        ]
         targets = [shifted_targets(batch["labels"], batch["segments"]) for batch in batches]
         waited = time.monotonic() - began
         counts = [
@@ -190,7 +212,7 @@ class Trainer:
             "step": self.step, "loss": loss, "tokens": tokens, "lr": max(rates.values()), "targets": learnt,
             "samples": samples, "grad_norm": norm, "seconds": round(seconds, 4), "waited": round(waited, 4),
             "tokens_per_s": round(tokens / seconds, 1), "samples_per_s": round(samples / seconds, 2),
-            "memory_gib": round(_memory(device), 2),
+            "memory_gib": round(_memory(device), 2), **self._utilisation(batches, seconds),
         }  # fmt: skip
 
     def _backward(self, batch: Batch, targets_BT: Tensor, learnt: int) -> Tensor:
@@ -202,6 +224,16 @@ class Trainer:
         # FSDP takes the mean over processes; the loss is the mean over all tokens of all of them.
         (total * (self.group.world / learnt)).backward()  # type: ignore[no-untyped-call]
         return entropy.double().cpu()
+
+    def _complete(self, batch: Batch) -> Batch:
+        return with_tiles(batch, self.model.config) if self.group.world > 1 else batch
+
+    def _utilisation(self, batches: list[Batch], seconds: float) -> dict[str, float]:
+        """This process's model FLOPs over what its device could have done in the time."""
+        peak = peak_flops(self.group.device, self.config.precision == "bfloat16")
+        if peak is None or not hasattr(self.model.config, "tokens_per_tile"):
+            return {}
+        return {"mfu": round(sum(batch_flops(self.model, batch) for batch in batches) / seconds / peak, 4)}
 
     def _gradient_norm(self) -> float:
         clip = self.config.optim.clip
@@ -235,6 +267,7 @@ class Trainer:
         for one in shown:
             if self.generations is not None:
                 self.generations.write({"step": self.step, **one})
+        self._shown = shown
         for one in shown[:4]:
             self.bar.say(f"  step {self.step}  wanted: {one.get('wanted')!r}  said: {one.get('said')!r}")
         return result
@@ -244,84 +277,71 @@ class Trainer:
         wanted = self.step % self.config.log.every == 0 or self.step == self.config.steps or "eval_loss" in metrics
         if self.metrics is not None and wanted:
             self.metrics.write(metrics)
+            for tracker in self.trackers:
+                tracker.log(self.step, metrics, self._shown)
+        self._shown = []
 
     def save(self, required: bool = False) -> None:
         """Write a checkpoint. One that the disk refuses is reported and tried again later, unless ``required``."""
         if self._saved_step == self.step:
             return
         try:
-            self.checkpoints.save(self.step, self._tensors(), self._facts())
+            self.snapshot.save(self.step, {"step": self.step, "loss": self.loss, "frozen": self.frozen})
             self._saved_step = self.step
-        except OSError as error:
-            steps = self.checkpoints.steps()
-            kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no older checkpoint"
-            text = (
-                f"The checkpoint of step {self.step} could not be written to {self.checkpoints.folder}: "
-                f"{error.strerror or error}; {kept}."
-            )
             if required:
-                raise TrainingError(f"{text} Make room and give the same command again.") from error
-            logger.error("%s Training goes on and tries again at the next one. Make room.", text)
-            self.bar.say(text)
+                self.snapshot.finish()
+        except OSError as error:
+            self._not_saved(error, required)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"random": torch.get_rng_state()}
-        for name, parameter in trainable(self.model).items():
-            tensors[f"weights/{name}"] = parameter.detach()
-            state = self.optimizer.state.get(parameter) or {}
-            tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS if moment in state}
-        if self.average is not None:
-            tensors |= {f"average/{name}": weight for name, weight in self.average.weights.items()}
-        return tensors
+    def _settle(self) -> None:
+        """Wait for a checkpoint that is still being written."""
+        try:
+            self.snapshot.finish()
+        except OSError as error:
+            self._not_saved(error, required=True)
 
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "loss": self.loss,
-            "accumulate": self.config.accumulate,
-            "frozen": fingerprint(self.model),
-        }
+    def _not_saved(self, error: OSError, required: bool) -> None:
+        self._saved_step = -1
+        steps = self.checkpoints.steps()
+        kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no older checkpoint"
+        text = (
+            f"The checkpoint of step {self.step} could not be written to {self.checkpoints.folder}: "
+            f"{error.strerror or error}; {kept}."
+        )
+        if required:
+            raise TrainingError(f"{text} Make room and give the same command again.") from error
+        logger.error("%s Training goes on and tries again at the next one. Make room.", text)
+        self.bar.say(text)
 
-    def _load(self, step: int) -> None:
-        """Bring back the state of ``step``; raises TrainingError where it belongs to another model."""
-        facts, tensors = self.checkpoints.facts(step), self.checkpoints.tensors(step)
-        here = {f"weights/{name}": tuple(p.shape) for name, p in trainable(self.model).items()}
-        there = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("weights/")}
-        if here != there or facts["frozen"] != fingerprint(self.model):
+    def _check(self, step: int) -> None:
+        """Raise TrainingError where the checkpoint of ``step`` belongs to another model."""
+        here = {name: tuple(p.shape) for name, p in trainable(self.model).items()}
+        there = self.snapshot.shapes(step)
+        if here != there or self.checkpoints.facts(step)["frozen"] != self.frozen:
             differ = sorted(dict(here.items() ^ there.items()))[:5]
             raise TrainingError(
                 f"{self.checkpoints.path(step)} belongs to another model or other frozen parts"
                 f"{': ' + ', '.join(differ) if differ else ' (frozen weights differ)'}. Choose another run folder."
             )
-        with torch.no_grad():
-            for name, parameter in trainable(self.model).items():
-                parameter.copy_(tensors[f"weights/{name}"])
-                moments = {m: tensors[f"{m}/{name}"] for m in MOMENTS if f"{m}/{name}" in tensors}
-                if moments:
-                    self.optimizer.state[parameter] = {
-                        m: t if m == "step" else t.to(parameter.device) for m, t in moments.items()
-                    }
-                if self.average is not None and f"average/{name}" in tensors:
-                    self.average.weights[name].copy_(tensors[f"average/{name}"])
-        torch.set_rng_state(tensors["random"])
-        self.step = self._saved_step = step
-        self.loss = facts["loss"]
 
     def _write_final(self, final: Path) -> None:
         assert self.save_final is not None
         beside = final.with_name(".writing-final")
-        try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            self.model.eval()
-            with self._averaged():
-                self.save_final(self.model, beside)
-            os.rename(beside, final)
-        except OSError as error:
-            raise TrainingError(
-                f"{final} could not be written: {error.strerror or error}. The checkpoint of step {self.step} is "
-                f"complete; make room and give the same command again."
-            ) from error
+        self.model.eval()
+        with self._averaged():
+            whole = self.model if self.blank is None else whole_model(self.model, self.blank, self.group)
+            try:
+                if whole is not None:
+                    shutil.rmtree(beside, ignore_errors=True)
+                    beside.mkdir()
+                    self.save_final(whole, beside)
+                    os.rename(beside, final)
+            except (OSError, CheckpointError) as error:
+                raise TrainingError(
+                    f"{final} could not be written: {error}. The checkpoint of step {self.step} is complete; make room "
+                    f"and give the same command again."
+                ) from error
+        self.group.wait()
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -340,7 +360,7 @@ class Trainer:
 
     def _synchronise_gradients(self, last: bool) -> None:
         if self.group.world > 1 and hasattr(self.model, "set_requires_gradient_sync"):
-            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.model.set_requires_gradient_sync(last)
 
     def _agree(self, mine: bool) -> bool:
         """Whether any process says so; all processes get the same answer."""
