@@ -30,6 +30,7 @@ __all__ = [
     "group_of",
     "head_names",
     "llama_rules",
+    "rename",
     "siglip_rules",
     "split",
     "to_hf",
@@ -72,11 +73,11 @@ class Family:
 
     def ours(self, name: str) -> str | None:
         """Our (unfused) name of a Hugging Face tensor; None for one that the architecture does not have."""
-        return _rename(self.inverse, name)
+        return rename(self.inverse, name)
 
     def theirs(self, name: str) -> str | None:
         """The Hugging Face name of one of our (unfused) tensors; None for one that the architecture does not have."""
-        return _rename(self.names, name) or _rename(self.rope, name)
+        return rename(self.names, name) or rename(self.rope, name)
 
 
 def siglip_rules(ours: str, theirs: str) -> Rules:
@@ -166,7 +167,7 @@ def group_of(name: str) -> str:
     return name[: found.end()] if found else ""
 
 
-def _rename(rules: Rules, name: str) -> str | None:
+def rename(rules: Rules, name: str) -> str | None:
     """``name`` under ``rules``, or None where no rule covers its module (or, outside any module, itself)."""
     if "." not in name:
         return rules.get(name)
@@ -220,7 +221,7 @@ def rope_step(family: Family) -> Step:
     def step(state: StateDict, model_config: Any = None, **_: Any) -> StateDict:
         result = {}
         for name, tensor in state.items():
-            target = _rename(inverse, name)
+            target = rename(inverse, name)
             if target is not None:
                 tensor = _reorder(name, tensor, _head_dim(model_config), pairs=True)
             result[target or name] = tensor
@@ -234,7 +235,7 @@ def names_step(family: Family) -> Step:
     inverse = {theirs: ours for ours, theirs in family.names.items()}
 
     def step(state: StateDict, **_: Any) -> StateDict:
-        return {_rename(inverse, name) or name: tensor for name, tensor in state.items()}
+        return {rename(inverse, name) or name: tensor for name, tensor in state.items()}
 
     return step
 
@@ -315,10 +316,10 @@ def to_hf(family: Family, state: StateDict, config: Any) -> dict[str, Tensor]:
     for name, tensor in split(state, config).items():
         if name == HEAD and config.tie_word_embeddings:
             continue
-        target = _rename(family.rope, name)
+        target = rename(family.rope, name)
         if target is not None:
             tensor = _reorder(target, tensor, _head_dim(config), pairs=False)
-        target = target or _rename(family.names, name)
+        target = target or rename(family.names, name)
         if target is None:
             raise CheckpointError(f"{name} has no name in Hugging Face's checkpoints of this architecture.")
         result[target] = tensor

@@ -132,8 +132,10 @@ def load_model(
     return model.eval()
 
 
-def resolve_folder(name: str | Path, *, revision: str | None = None) -> Path:
+def resolve_folder(name: str | Path, *, revision: str | None = None, **hub: Any) -> Path:
     """Return a local checkpoint folder as it is; fetch a hub id (``owner/name``) into the hub's cache.
+
+    hub: further options of ``huggingface_hub.snapshot_download`` (``cache_dir``, ``token``, ``local_files_only`` …).
 
     ``HF_HUB_OFFLINE=1`` makes the hub library look in its cache only. Raises FetchError.
     """
@@ -148,7 +150,7 @@ def resolve_folder(name: str | Path, *, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=PATTERNS, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()
         raise FetchError(
