@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +17,14 @@ from transformers.models.smolvlm.modeling_smolvlm import (
 )
 
 from smolvlm_fms.errors import InputError
-from smolvlm_fms.fms_bridge.loading import load_model
+from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 from smolvlm_fms.fms_bridge.register import architecture_of
 from smolvlm_fms.fms_bridge.saving import save_pretrained
 from smolvlm_fms.hf.attention import HF_ATTENTION, causal_mask
 from smolvlm_fms.model.llava_next import PictureFeatures
 from smolvlm_fms.model.smolvlm import ImageFeatures
+
+log = logging.getLogger(__name__)
 
 __all__ = ["FmsForConditionalGeneration", "FmsModel", "FmsVisionTransformer", "to_hf_api"]
 
@@ -160,23 +163,30 @@ class FmsPreTrainedModel(PreTrainedModel):
 
         Raises InputError for options that would change the result and that this loader does not have.
         """
-        unknown = sorted(set(kwargs) - _LOADING_OPTIONS)
+        unknown = sorted({name for name in kwargs if not name.startswith("_")} - _LOADING_OPTIONS)
         if args or unknown:
             known = ", ".join(sorted(_LOADING_OPTIONS))
             raise InputError(f"from_pretrained does not take {unknown or args}; known options: {known}.")
         dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        device, revision = _device(kwargs.get("device_map")), kwargs.get("revision")
-        model = load_model(pretrained_model_name_or_path, dtype=dtype, device=device, revision=revision)
+        hub = {name: kwargs[name] for name in _HUB_OPTIONS if kwargs.get(name) is not None}
+        folder = resolve_folder(pretrained_model_name_or_path, **hub)
+        model = load_model(folder, dtype=dtype, device=_device(kwargs.get("device_map")))
         adapted: Self = to_hf_api(model, cls)
+        if isinstance(adapted, GenerationMixin):
+            try:
+                adapted.generation_config = GenerationConfig.from_pretrained(folder)
+            except OSError:
+                log.debug("%s has no generation_config.json; config.json's tokens are used", folder)
         return adapted
 
 
 # attn_implementation: it is always scaled dot-product attention, computed in full where weights are asked for.
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _LOADING_OPTIONS = {
-    "dtype", "torch_dtype", "device_map", "revision", "config", "trust_remote_code", "attn_implementation",
-    "low_cpu_mem_usage", "use_safetensors", "_from_auto", "adapter_kwargs", "code_revision", "token",
+    "dtype", "torch_dtype", "device_map", "config", "trust_remote_code", "attn_implementation", "low_cpu_mem_usage",
+    "use_safetensors", "adapter_kwargs", "code_revision", *_HUB_OPTIONS,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from smolvlm_fms.processing.batch import ProcessedBatch
+    from smolvlm_fms.processing.factory import load_processor
     from smolvlm_fms.processing.geometry import (
         image_token_count,
         plan_tiles,
@@ -31,6 +32,7 @@ _HOMES = {
     "cut_into_patches": "tiling",
     "image_token_count": "geometry",
     "load_image": "sources",
+    "load_processor": "factory",
     "normalize": "tiling",
     "plan_tiles": "geometry",
     "preprocess_images": "image",
@@ -48,6 +50,7 @@ __all__ = [
     "cut_into_patches",
     "image_token_count",
     "load_image",
+    "load_processor",
     "normalize",
     "plan_tiles",
     "preprocess_images",
