@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import smolvlm_fms as sv
 from smolvlm_fms.engine.config import EngineConfig
 from smolvlm_fms.engine.engine import Engine, Generation
 from smolvlm_fms.engine.kv_cache import MIN_REUSE
@@ -17,6 +19,7 @@ from smolvlm_fms.engine.runner import ModelRunner
 from smolvlm_fms.engine.sampler import filtered_probabilities
 from smolvlm_fms.engine.sequence import Picture
 from smolvlm_fms.fms_bridge.loading import load_model
+from smolvlm_fms.hf.reference import reference_processor
 from tests.tiny_models import FAMILIES, IMAGE_TOKEN, build_checkpoint, load_peer, make_batch
 
 TILES = [2, 0, 1, 3]
@@ -125,3 +128,36 @@ def test_filters_keep_what_those_of_transformers_keep(values: dict[str, Any]) ->
     probabilities, ids = filtered_probabilities(logits[0], options)
     assert sorted(ids.tolist()) == expected.nonzero().flatten().tolist()
     assert torch.allclose(probabilities, expected[ids], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "smolvlm"])
+def test_the_whole_way_from_pictures_to_text_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = build_checkpoint(tmp_path, family, seed=6, processor=True)
+    pictures = [
+        Image.fromarray(np.random.RandomState(seed).randint(0, 255, (*size, 3), dtype=np.uint8))
+        for seed, size in enumerate([(50, 90), (128, 40), (20, 20)])
+    ]
+    rows = [([0, 1], "Compare them."), ([], "Hello there"), ([2], "How many cats are there?")]
+    messages = [
+        [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": question}]}]
+        for own, question in rows
+    ]
+    processor, peer = reference_processor(folder), load_peer(folder)
+    processor.tokenizer.padding_side = "left"
+    batch = processor(
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in messages],
+        images=[[pictures[index] for index in own] for own, _ in rows],
+        padding=True,
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    with torch.no_grad():
+        out = peer.generate(**batch, do_sample=False, max_new_tokens=LENGTH)
+    expected = out[:, batch["input_ids"].shape[1] :]
+    vlm = sv.load(folder, dtype=torch.float32)
+    requests = [([pictures[index] for index in own], question) for own, question in rows]
+    answers = vlm.batch(requests, max_tokens=LENGTH, ignore_eos=True, loop_detection=False)
+    assert [list(answer.tokens) for answer in answers] == expected.tolist()
+    assert [answer.text for answer in answers] == processor.batch_decode(expected, skip_special_tokens=True)
+    prompts = batch["attention_mask"].sum(1).tolist()
+    assert [answer.usage.prompt_tokens for answer in answers] == prompts

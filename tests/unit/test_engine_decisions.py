@@ -439,3 +439,16 @@ def test_events_have_no_text_twice() -> None:
         machine.step()
     assert [event.text for event in seen] == ["2 ", "3 ", "4 "]
     assert [event.finish_reason for event in seen] == [None, None, "length"]
+
+
+def test_a_receiver_that_fails_ends_its_own_sequence_only(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: Event) -> None:
+        raise ValueError("no")
+
+    machine = engine()
+    bad = machine.submit([1], options=GenerationOptions(max_tokens=9), sink=fail)
+    good = machine.submit([1], options=GenerationOptions(max_tokens=3))
+    assert answer(good)[0] == [2, 3, 4]
+    assert bad.sequence.finish_reason == "cancelled"
+    assert "receiver" in caplog.text
+    assert not machine.busy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from smolvlm_fms.engine.engine import Engine, Generation
 from smolvlm_fms.engine.machine import available_memory, cpu_count
 from smolvlm_fms.engine.prepare import Preparer, Prompt
 from smolvlm_fms.engine.runner import ModelRunner, kv_bytes_per_token
-from smolvlm_fms.engine.sequence import Event, Sampled
+from smolvlm_fms.engine.sequence import Sampled
 from smolvlm_fms.errors import CapacityError, ConfigurationError, InputError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 from smolvlm_fms.types import Answer, Timings, TokenLogprob, Usage
@@ -180,21 +179,13 @@ class Stream:
         self._started = started
         self._pieces: list[str] = []
         self._sampled: list[Sampled] = []
-        self._iterator = self._run()
-        self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
-        return self._iterator
-
-    def _run(self) -> Iterator[str]:
         for event in self._generation:
-            self._take(event)
+            self._pieces.append(event.text)
+            self._sampled.extend(event.tokens)
             if event.text:
                 yield event.text
-
-    def _take(self, event: Event) -> None:
-        self._pieces.append(event.text)
-        self._sampled.extend(event.tokens)
 
     def cancel(self) -> None:
         """End the generation."""
@@ -202,9 +193,8 @@ class Stream:
 
     def finish(self) -> Answer:
         """Wait for the end and return the answer."""
-        with self._lock:
-            for _ in self._iterator:
-                pass
+        for _ in self:
+            pass
         return self.answer
 
     @property

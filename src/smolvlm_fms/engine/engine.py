@@ -9,6 +9,7 @@ may call it (``drive``), or one thread may do nothing else.
 from __future__ import annotations
 
 import itertools
+import logging
 import secrets
 import threading
 import time
@@ -27,6 +28,8 @@ from smolvlm_fms.engine.sequence import Event, Picture, Sampled, Sequence, State
 from smolvlm_fms.errors import CapacityError, InputError
 
 __all__ = ["Engine", "Generation"]
+
+logger = logging.getLogger(__name__)
 
 
 class Generation:
@@ -48,6 +51,8 @@ class Generation:
                     yield event
                     if event.finish_reason is not None:
                         return
+                if self.sequence.state is State.FINISHED and not self._events:
+                    return  # somebody else has read the end
                 self.engine.drive(self.sequence)
         finally:
             self.cancel()
@@ -223,7 +228,7 @@ class Engine:
         text, reason = self._outputs[sequence.id].push(sampled.token)
         event = Event(text=text, tokens=(sampled,), finish_reason=reason)
         if reason is None:
-            sequence.sink(event)
+            self._tell(sequence, event)
         else:
             self._finish(sequence, event)
 
@@ -231,9 +236,18 @@ class Engine:
         sequence.finish_reason = event.finish_reason
         sequence.clock.finished = time.perf_counter()
         self._outputs.pop(sequence.id, None)
+        self._tell(sequence, event)  # before the state changes: whoever sees FINISHED must find the last event
         self.scheduler.remove(sequence)
         sequence.pictures = []
-        sequence.sink(event)
+
+    @staticmethod
+    def _tell(sequence: Sequence, event: Event) -> None:
+        """Hand an event to the caller; one whose sink fails is not generated for any longer, the others are."""
+        try:
+            sequence.sink(event)
+        except Exception:
+            logger.exception("The receiver of sequence %d failed; the sequence is cancelled.", sequence.id)
+            sequence.cancelled = True
 
     def _prefix_blocks(self) -> int | None:
         if self.config.prefix_bytes is None:
