@@ -135,6 +135,24 @@ def test_saved_folder_is_the_same_checkpoint(pair: Pair, tmp_path: Path, fused: 
     assert torch.equal(own(**batch), model(**batch))
 
 
+def test_behind_transformers_interface(pair: Pair, tmp_path: Path) -> None:
+    """``to_hf_api``: logits, loss, beams and a saved folder are transformers' own."""
+    from smolvlm_fms.hf import to_hf_api
+
+    adapted = to_hf_api(pair.ours)
+    batch = make_llava_batch(pair.folder, [[0, 1], [], [2]])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    labels = ids.masked_fill((mask.cumsum(1) <= 1) | (ids == IMAGE_TOKEN), -100)
+    ours, theirs = (model(**batch, labels=labels) for model in (adapted, pair.theirs))
+    assert gap(ours.logits, theirs.logits, mask) <= FP32_LIMIT
+    assert float((ours.loss - theirs.loss).abs()) <= 1e-5
+    one_each = make_llava_batch(pair.folder, [[0], [2]])
+    options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    assert torch.equal(adapted.generate(**one_each, **options), pair.theirs.generate(**one_each, **options))
+    adapted.save_pretrained(tmp_path)
+    assert torch.equal(load_llava_peer(tmp_path)(**batch).logits, theirs.logits)
+
+
 def hub_layout(name: str) -> str:
     """Names of the hub's own checkpoints, and of everything before transformers 5.20."""
     return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)

@@ -139,15 +139,19 @@ class LlavaNext(nn.Module):
             return PictureFeatures(())
         geometry = self.config.resolution
         counts = [geometry.num_tiles(size) for size in sizes]
-        tiles_NCHW = _real_tiles(pixel_values, counts)
+        tokens_NPD = self.encode_tiles(_real_tiles(pixel_values, counts))
+        pictures = zip(torch.split(tokens_NPD, counts), sizes, strict=True)
+        return PictureFeatures(tuple(self.join_picture(tiles_NPD, size) for tiles_NPD, size in pictures))
+
+    def encode_tiles(self, tiles_NCHW: Tensor) -> Tensor:
+        """Tower and projector alone: tiles (N, C, H, W), N ≥ 1, to their patches' tokens (N, P, D)."""
         embeddings_1TD, _ = self.multi_patch.process_patches(tiles_NCHW[None])
-        tokens_NPD = embeddings_1TD.view(len(tiles_NCHW), self.config.tokens_per_tile, -1)
-        return PictureFeatures(
-            tuple(
-                join_tiles(tiles, self.image_newline, geometry.grid(size), geometry.padding(size))
-                for tiles, size in zip(torch.split(tokens_NPD, counts), sizes, strict=True)
-            )
-        )
+        return embeddings_1TD.view(len(tiles_NCHW), self.config.tokens_per_tile, -1)
+
+    def join_picture(self, tokens_NPD: Tensor, size: tuple[int, int]) -> Tensor:
+        """What ``encode_tiles`` made of one picture's tiles to its image tokens (T, D); ``size``: (height, width)."""
+        geometry = self.config.resolution
+        return join_tiles(tokens_NPD, self.image_newline, geometry.grid(size), geometry.padding(size))
 
     def embed_inputs(
         self,
@@ -158,7 +162,7 @@ class LlavaNext(nn.Module):
     ) -> Tensor:
         """Token ids (B, T) and pictures to embeddings (B, T, D), before any embedding multiplier.
 
-        ``image_hidden_states`` are features encoded earlier, or their concatenation (tokens, D); giving them and
+        ``image_hidden_states`` are features encoded earlier, or their concatenation (…, D); giving them and
         ``pixel_values`` both raises InputError. A row's placeholders must be filled by whole pictures, in order:
         otherwise TokenCountError.
         """
@@ -177,12 +181,12 @@ class LlavaNext(nn.Module):
             if not image_hidden_states.features:
                 return embeddings_BTD
             image_hidden_states = torch.cat(image_hidden_states.features)
-        elif sum(placeholders) != len(image_hidden_states):
+        features_TD = image_hidden_states.reshape(-1, image_hidden_states.shape[-1])
+        if sum(placeholders) != len(features_TD):
             raise TokenCountError(
-                f"The batch has {sum(placeholders)} <image> placeholders, but {len(image_hidden_states)} image "
-                "features came."
+                f"The batch has {sum(placeholders)} <image> placeholders, but {len(features_TD)} image features came."
             )
-        return pack(embeddings_BTD, input_ids, image_hidden_states[None], self.config.image_token_id)
+        return pack(embeddings_BTD, input_ids, features_TD[None], self.config.image_token_id)
 
     def forward(
         self,
