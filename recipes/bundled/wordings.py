@@ -1,0 +1,91 @@
+"""How questions are put: several wordings of each, by what they are about."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """A question, its answer, and what it is about (a key of `WORDINGS`)."""
+
+    question: str
+    answer: str
+    about: str
+
+
+WORDINGS: dict[str, tuple[str, ...]] = {
+    "is it": ("Is this {a_claim}?", "Is there {a_claim} in the picture?", "Do you see {a_claim}?"),
+    "choice": ("Which {noun} is it: {options}?", "Is this {options}?"),
+    "shape": ("What shape is this?", "What shape is it?", "Which shape do you see?", "What is the shape?"),
+    "colour": (
+        "What color is the {shape}?",
+        "What color is the shape?",
+        "What color is it?",
+        "Which color does the {shape} have?",
+    ),
+    "is colour": ("Is the {shape} {claim}?", "Is the shape {claim}?"),
+    "size": (
+        "Is the {shape} big or small?",
+        "Is the shape big or small?",
+        "How big is the shape, big or small?",
+    ),
+    "place": ("Where is the {shape}?", "Where is the shape?", "In which part of the picture is the {shape}?"),
+    "background": ("What color is the background?", "Which color is behind the shape?"),
+    "description": ("Describe the picture.", "What do you see?", "What is in the picture?"),
+    "colour of": ("What color is the {shape}?", "Which color does the {shape} have?"),
+    "shape of": ("Which shape is {colour}?", "What shape is {colour}?"),
+    "side": ("What is on the {side}?", "Which shape is on the {side}?"),
+    "side colour": ("What color is the shape on the {side}?",),
+    "relation": ("Is the {shape} {relation} the {other}?",),
+    "bigger": (
+        "Which shape is bigger?",
+        "Which is bigger, the {shape} or the {other}?",
+        "Which is bigger, the {other} or the {shape}?",
+    ),
+    "where of two": ("Where is the {shape}, {near} or {far}?",),
+    "is there": ("Is there {a_claim}?",),
+    "count": ("How many shapes are there?", "How many shapes do you see?", "Count the shapes."),
+    "count of kind": ("How many {plural} are there?", "How many {plural} do you see?"),
+    "count of colour": ("How many {colour} shapes are there?",),
+    "colour of all": ("What color are the shapes?",),
+    "shape of all": ("What shapes are these?",),
+    "digits": ("What number is this?", "Which number do you see?", "Read the number."),
+    "words": ("What does it say?", "Read the word.", "What is written here?", "What word is this?"),
+    "ink": ("What color is the {written}?", "What color is the writing?"),
+    "emoji": (
+        "What is this?",
+        "What is it?",
+        "What do you see?",
+        "What is in the picture?",
+        "What does the picture show?",
+    ),
+    "emoji left": ("What is on the left?",),
+    "emoji right": ("What is on the right?",),
+    "count of things": ("How many things are there?",),
+    "emoji of many": ("What are these?",),
+}
+
+
+def ask(rng: Random, about: str, answer: str, **words: str) -> Turn:
+    """One of the wordings, filled in."""
+    return Turn(rng.choice(WORDINGS[about]).format(**words), answer, about)
+
+
+def article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def yes_no(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def options(rng: Random, answer: str, pool: list[str], count: int = 3) -> str:
+    """The answer among others, in any order: "dog, cat or bee"."""
+    picked = [answer, *rng.sample([other for other in pool if other != answer], count - 1)]
+    rng.shuffle(picked)
+    return ", ".join(picked[:-1]) + " or " + picked[-1]
