@@ -25,9 +25,13 @@ __all__ = ["LlavaNext", "PictureFeatures", "pictures_per_row"]
 
 
 class PictureFeatures(NamedTuple):
-    """Encoded pictures of a batch, row after row: one tensor (image tokens, D) each; pictures differ in tokens."""
+    """Encoded pictures of a batch, row after row: one tensor (image tokens, D) each; pictures differ in tokens.
+
+    ``prompt_length``: placeholders after so many tokens are not theirs but a model's that happened to generate one.
+    """
 
     features: tuple[Tensor, ...]
+    prompt_length: int | None = None
 
     @property
     def tokens_per_picture(self) -> list[int]:
@@ -175,11 +179,14 @@ class LlavaNext(nn.Module):
             image_hidden_states = self.encode_images(pixel_values, image_sizes)
         if image_hidden_states is None:
             return embeddings_BTD
+        length = image_hidden_states.prompt_length if isinstance(image_hidden_states, PictureFeatures) else None
+        rest_BTD, embeddings_BTD = embeddings_BTD[:, length or input_ids.shape[1] :], embeddings_BTD[:, :length]
+        input_ids = input_ids[:, :length]
         placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
         if isinstance(image_hidden_states, PictureFeatures):
             pictures_per_row(placeholders, image_hidden_states.tokens_per_picture)
             if not image_hidden_states.features:
-                return embeddings_BTD
+                return torch.cat((embeddings_BTD, rest_BTD), 1)
             image_hidden_states = torch.cat(image_hidden_states.features)
         features_TD = image_hidden_states.reshape(-1, image_hidden_states.shape[-1])
         if sum(placeholders) != len(features_TD):
@@ -244,7 +251,8 @@ class LlavaNext(nn.Module):
         if pixels is not None and len(pixels) and left.get("image_hidden_states") is None:
             if sizes is None:
                 raise InputError("pixel_values came without image_sizes, (pictures, 2): each one's height and width.")
-            left["image_hidden_states"] = self.encode_images(pixels, sizes)
+            features = self.encode_images(pixels, sizes)
+            left["image_hidden_states"] = features._replace(prompt_length=input_ids.shape[1])
         if left.get("use_cache") and iteration > 0:
             left.pop("image_hidden_states", None)
         if left.get("attention_mask") is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,14 @@ __all__ = ["ImageFeatures", "SmolVLM"]
 
 
 class ImageFeatures(NamedTuple):
-    """Encoded tiles of a batch: ``features`` (M, tokens per tile, D), row after row, and each row's tile count."""
+    """Encoded tiles of a batch: ``features`` (M, tokens per tile, D), row after row, and each row's tile count.
+
+    ``prompt_length``: placeholders after so many tokens are not theirs but a model's that happened to generate one.
+    """
 
     features: Tensor
     tiles_per_row: list[int]
+    prompt_length: int | None = None
 
 
 class SmolVLM(nn.Module):
@@ -155,10 +159,11 @@ class SmolVLM(nn.Module):
             image_hidden_states = self.encode_images(pixel_values, pixel_attention_mask, input_ids)
         if image_hidden_states is None:
             return embeddings_BTD
-        tiles: Sequence[int] | None = None
-        if isinstance(image_hidden_states, ImageFeatures):
-            image_hidden_states, tiles = image_hidden_states
-        return pack(embeddings_BTD, input_ids, image_hidden_states, self.config.image_token_id, tiles)
+        if not isinstance(image_hidden_states, ImageFeatures):
+            return pack(embeddings_BTD, input_ids, image_hidden_states, self.config.image_token_id)
+        features, tiles, length = image_hidden_states
+        packed = pack(embeddings_BTD[:, :length], input_ids[:, :length], features, self.config.image_token_id, tiles)
+        return packed if length is None else torch.cat((packed, embeddings_BTD[:, length:]), 1)
 
     def forward(
         self,
@@ -215,7 +220,8 @@ class SmolVLM(nn.Module):
         left = dict(kwargs)
         pixels, mask = left.pop("pixel_values", None), left.pop("pixel_attention_mask", None)
         if pixels is not None and left.get("image_hidden_states") is None:
-            left["image_hidden_states"] = self.encode_images(pixels, mask, input_ids)
+            features = self.encode_images(pixels, mask, input_ids)
+            left["image_hidden_states"] = features._replace(prompt_length=input_ids.shape[1])
         if left.get("use_cache") and iteration > 0:
             left.pop("image_hidden_states", None)
         if left.get("attention_mask") is not None:
