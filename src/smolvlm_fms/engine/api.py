@@ -57,9 +57,9 @@ def load(
     _set_threads(threads)
     folder = resolve_folder(folder_of(name))
     model = load_model(folder, dtype=_dtype(dtype, quantize or quantize_tower), device=_device(device), **loading)
-    from smolvlm_fms.processing.processor import SmolVLMProcessor
+    from smolvlm_fms.processing.factory import load_processor
 
-    processor = SmolVLMProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
     defaults = read_generation_defaults(folder, processor.tokenizer)
     config = engine or EngineConfig()
     runner = _backend(model, config, defaults.banned, packed, quantize, quantize_tower)
@@ -93,7 +93,9 @@ class VLM:
             context_length=model.config.text.max_position_embeddings,
             config=config,
         )
-        self.preparer = Preparer(processor, model.config.image_token_id, model.config.tokens_per_tile)
+        fixed = hasattr(model.config, "scale_factor")  # LLaVA-Next's pictures differ in tokens, its tiles do not say
+        tokens_per_tile = model.config.tokens_per_tile if fixed else None
+        self.preparer = Preparer(processor, model.config.image_token_id, tokens_per_tile)
 
     def ask(self, images: Any, question: str, *, system: str | None = None, **options: Any) -> Answer:
         """Answer a question about pictures.

@@ -51,9 +51,12 @@ class _Tiles:
 
 
 class Preparer:
-    """Makes prompts for one checkpoint. ``processor`` is its SmolVLMProcessor; ``image_token_id`` the model's."""
+    """Makes prompts for one checkpoint. ``processor`` is its own; ``image_token_id`` the model's.
 
-    def __init__(self, processor: Any, image_token_id: int, tokens_per_tile: int) -> None:
+    tokens_per_tile: of the model; None where it depends on the picture (LLaVA-Next).
+    """
+
+    def __init__(self, processor: Any, image_token_id: int, tokens_per_tile: int | None) -> None:
         self.processor = processor
         self.image_token_id = image_token_id
         self.tokens_per_tile = tokens_per_tile
@@ -90,23 +93,24 @@ class Preparer:
         bos = tokenizer.bos_token
         ids = tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         places = np.flatnonzero(np.asarray(ids, dtype=np.int64) == self.image_token_id)
-        wanted = sum(tiles.count for tiles in media) * self.tokens_per_tile
-        if len(places) != wanted:
+        counts = [tiles.text.count(self.processor.tokens.image) for tiles in media]
+        if len(places) != sum(counts):
             raise TokenCountError(
                 f"The prompt has {len(places)} image tokens (id {self.image_token_id}), but its {len(media)} pictures "
-                f"give {wanted}: {[tiles.count for tiles in media]} tiles of {self.tokens_per_tile}. Likely cause: a "
-                "processor that belongs to another checkpoint, or special tokens typed in a message."
+                f"give {sum(counts)}: {counts}. Likely cause: a processor that belongs to another checkpoint, or "
+                "special tokens typed in a message."
             )
         pictures, start = [], 0
-        for tiles in media:
-            end = start + tiles.count * self.tokens_per_tile
+        for tiles, count in zip(media, counts, strict=True):
+            end = start + count
             pictures.append(Picture(tiles.key, tiles.count, places[start:end], tiles.pixels))
             start = end
         return Prompt(list(ids), pictures, len(places))
 
     def _image(self, source: Any, detail: str | None) -> _Tiles:
         source = _content(source)
-        options = {} if detail is None else {"detail": detail}
+        tiled = hasattr(self.processor.image_processor, "detail")  # LLaVA-Next has one way to cut a picture
+        options = {} if detail is None or (detail == "high" and not tiled) else {"detail": detail}
         key = content_digest(source, "image", detail, self.processor.image_processor)
         return self._tiles(
             key,
@@ -128,9 +132,10 @@ class Preparer:
 
     def _process(self, placeholder: str, **media: Any) -> Any:
         """One placeholder and its picture or video through the checkpoint's processor."""
+        if self.tokens_per_tile:
+            media["image_seq_len"] = self.tokens_per_tile
         return self.processor(
             text=[placeholder],
-            image_seq_len=self.tokens_per_tile,
             return_tensors="pt",
             return_text_replacement_offsets=True,
             **media,
@@ -159,7 +164,12 @@ class _Lazy:
 
 
 def _pixels(batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Tiles (N, C, H, W) of a batch of one sample, and their pixel mask (N, H, W), or None where all are real."""
+    """Tiles (N, C, H, W) of a batch of one sample, and their pixel mask (N, H, W), or None where all are real.
+
+    For LLaVA-Next, one picture's tiles and its (height, width), which says how they are put together.
+    """
+    if "image_sizes" in batch:
+        return batch["pixel_values"][0], tuple(batch["image_sizes"][0].tolist())
     mask = batch.get("pixel_attention_mask")
     return batch["pixel_values"][0], None if mask is None or bool(mask.all()) else mask[0]
 

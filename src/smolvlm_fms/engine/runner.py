@@ -21,6 +21,7 @@ from smolvlm_fms.engine.sampler import sample
 from smolvlm_fms.engine.scheduler import placeholders_between
 from smolvlm_fms.engine.sequence import Picture, Sampled, Sequence
 from smolvlm_fms.errors import CapacityError, InputError
+from smolvlm_fms.model.llava_next import LlavaNext
 from smolvlm_fms.model.smolvlm import SmolVLM
 
 __all__ = ["ModelRunner", "embed_prompt", "kv_bytes_per_token"]
@@ -94,14 +95,14 @@ def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
 register_attention_op(ATTENTION, _store, _attend)
 
 
-def kv_bytes_per_token(model: SmolVLM, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(model: SmolVLM | LlavaNext, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes in all layers."""
     text = model.config.text
     assert text.num_key_value_heads is not None and text.head_dim is not None
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
-def embed_prompt(model: SmolVLM, sequence: Sequence, start: int, count: int) -> Tensor:
+def embed_prompt(model: SmolVLM | LlavaNext, sequence: Sequence, start: int, count: int) -> Tensor:
     """Embeddings (1, T, D) of prompt tokens ``start`` … ``start + count``, image features in their places."""
     device = model.text_model.base_model.dec_norm.weight.device
     ids = torch.tensor(sequence.tokens(start, start + count), device=device)
@@ -118,8 +119,8 @@ def embed_prompt(model: SmolVLM, sequence: Sequence, start: int, count: int) -> 
 class ModelRunner:
     """A Backend that computes with the model as it is. ``kv_tokens`` positions of cache in the model's dtype."""
 
-    def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
-        self.model = model.eval()
+    def __init__(self, model: SmolVLM | LlavaNext, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+        self.model: Any = model.eval()
         self.banned = tuple(banned)
         self.kv_tokens = kv_tokens // BLOCK * BLOCK
         text = model.config.text
@@ -148,9 +149,14 @@ class ModelRunner:
         """Run tiles through tower and connector."""
         pixels_NCHW, mask_NHW = picture.resolve()
         weight = self.model.text_model.base_model.dec_norm.weight
+        if isinstance(self.model, LlavaNext):
+            model, size = self.model, mask_NHW
+            tokens_NPD = model.encode_tiles(pixels_NCHW[first : first + count].to(weight.device, weight.dtype))
+            picture.add(tokens_NPD, lambda parts: model.join_picture(torch.cat(parts), size))
+            return
         tiles_1NCHW = pixels_NCHW[None, first : first + count].to(weight.device, weight.dtype)
         mask_1NHW = None if mask_NHW is None else mask_NHW[None, first : first + count].to(weight.device)
-        features_NTD, _ = self.model.encode_images(tiles_1NCHW, mask_1NHW)
+        features_NTD = self.model.encode_images(tiles_1NCHW, mask_1NHW).features
         if len(features_NTD) != count:
             raise InputError(f"{count - len(features_NTD)} of {count} tiles of a picture are marked as padding.")
         picture.add(features_NTD, torch.cat)
