@@ -1,4 +1,5 @@
-"""Builds the CPU kernels (``smolvlm_fms/engine/kernels/csrc``) with the plain C++ compiler, without torch's headers.
+"""Builds the CPU kernels (``csrc`` in ``smolvlm_fms/engine/kernels`` and ``smolvlm_fms/processing``) with the plain C
+and C++ compilers, without torch's headers.
 
 Everything else about the package is in pyproject.toml. The kernels are optional: without a compiler, or on a platform
 that they do not know, the package installs all the same, says so loudly and runs on torch alone.
@@ -15,6 +16,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError, ExecError, PlatformError
 
 SOURCES = Path("src/smolvlm_fms/engine/kernels/csrc")
+PIXELS = Path("src/smolvlm_fms/processing/csrc/resample.c")
+PIXEL_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip this one.
 COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
@@ -28,6 +31,13 @@ def instruction_sets() -> dict[str, list[str]]:
         x86 = {"isa_avx512.cpp": AVX512_FLAGS, "isa_avx2.cpp": AVX2_FLAGS}
         return {"dispatch.cpp": ["-DSVK_X86"], "isa_portable.cpp": [], **x86}
     return {"dispatch.cpp": [], "isa_portable.cpp": []}
+
+
+def pieces(ext: Extension) -> dict[Path, list[str]]:
+    """Source file to all its compiler flags. Resizing picks its instruction set by itself (``target_clones``)."""
+    if Path(ext.sources[0]) == PIXELS:
+        return {PIXELS: PIXEL_FLAGS}
+    return {SOURCES / name: [*COMMON_FLAGS, *flags] for name, flags in instruction_sets().items()}
 
 
 class BuildKernels(build_ext):
@@ -52,12 +62,12 @@ class BuildKernels(build_ext):
             raise PlatformError("the kernels need GCC or Clang")
         extra = os.environ.get("SMOLVLM_KERNEL_FLAGS", "").split()
         objects = []
-        for name, flags in instruction_sets().items():
+        for source, flags in pieces(ext).items():
             objects += self.compiler.compile(
-                [str(SOURCES / name)],
+                [str(source)],
                 output_dir=self.build_temp,
                 depends=ext.depends,
-                extra_postargs=[*COMMON_FLAGS, *flags, *extra],
+                extra_postargs=[*flags, *extra],
             )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +90,8 @@ setup(
             sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))],
             depends=[str(header) for header in sorted(SOURCES.glob("*.h"))],  # so that an sdist has them
             language="c++",
-        )
+        ),
+        Extension("smolvlm_fms.processing.libresample", sources=[str(PIXELS)], optional=True),
     ],
     cmdclass={"build_ext": BuildKernels},
 )

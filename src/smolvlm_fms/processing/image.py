@@ -33,7 +33,8 @@ from smolvlm_fms.processing.options import CALL_ONLY, DEFAULTS, ImageOptions, ch
 from smolvlm_fms.processing.pixels import Picture, to_picture
 from smolvlm_fms.processing.resample import prepare
 from smolvlm_fms.processing.sources import load_image, nest_images
-from smolvlm_fms.processing.tiling import PixelMap, check_channels, cut_picture, in_threads
+from smolvlm_fms.processing.threads import available_threads, in_threads
+from smolvlm_fms.processing.tiling import PixelMap, check_channels, cut_picture
 from smolvlm_fms.types import TileGrid
 
 __all__ = ["SmolVLMImageProcessor", "preprocess_images"]
@@ -239,12 +240,16 @@ def _fill(samples: list[list[Picture]], grids: list[list[TileGrid]], chosen: Ima
         counts, (min(channels), chosen.tile, chosen.tile), np.uint8 if plain else np.float32, chosen.do_pad
     )
 
+    pictures = sum(len(sample) for sample in samples)
+    # Whole pictures side by side; a single one is divided among the threads instead.
+    outer = available_threads() if pictures > 1 else 1
+    inner = 1 if pictures > 1 else available_threads()
+
     def work(job: tuple[Picture, TileGrid, Array]) -> None:
         picture, grid, out = job
-        for tile, place in zip(
-            cut_picture(prepare(picture, chosen.backend), grid, chosen.resample, chosen.backend), out, strict=True
-        ):
-            maps[picture.unit].write(tile, place)
+        pixels = prepare(picture, chosen.backend)
+        cut = cut_picture(pixels, grid, chosen.resample, chosen.backend, inner)
+        in_threads(lambda index: maps[picture.unit].write(cut[index], out[index]), range(grid.count), inner)
 
     jobs = []
     for sample, plans, rows in zip(samples, grids, tiles, strict=True):
@@ -253,7 +258,7 @@ def _fill(samples: list[list[Picture]], grids: list[list[TileGrid]], chosen: Ima
             jobs.append((picture, grid, rows[start : start + grid.count]))
             start += grid.count
         rows[start:] = 0
-    in_threads(work, jobs)
+    in_threads(work, jobs, outer)
     return tiles
 
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from smolvlm_fms.errors import ConfigurationError
+from smolvlm_fms.processing import native
 from smolvlm_fms.processing.pixels import Picture
 
 __all__ = ["Backend", "Pixels", "as_array", "prepare", "resize"]
@@ -50,10 +51,17 @@ def prepare(picture: Picture, backend: Backend) -> Pixels:
     return (pixels.astype(np.float64) * 255).astype(np.float32).astype(np.uint8)
 
 
-def resize(pixels: Pixels, size: tuple[int, int], resample: Image.Resampling, backend: Backend) -> Pixels:
-    """``pixels`` at (height, width) = ``size``; the same kind of pixels comes back."""
+def resize(
+    pixels: Pixels, size: tuple[int, int], resample: Image.Resampling, backend: Backend, threads: int = 1
+) -> Pixels:
+    """``pixels`` at (height, width) = ``size``, as an array or a Pillow image, whichever was at hand."""
     if backend != "pil":
         return _resize_torch(as_array(pixels), size, resample, in_floats=backend == "torch4")
+    if isinstance(pixels, Image.Image) and pixels.size == (size[1], size[0]):
+        return pixels
+    channels = len(pixels.getbands()) if isinstance(pixels, Image.Image) else pixels.shape[2]
+    if native.can_resize(channels, resample):
+        return native.resize(as_array(pixels), size, resample, threads)
     image = as_image(pixels)
     return image if image.size == (size[1], size[0]) else image.resize((size[1], size[0]), resample)
 

@@ -8,11 +8,9 @@ channels × height × width straight into the batch: no picture and no tile is e
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +18,12 @@ import torch
 from PIL import Image
 
 from smolvlm_fms.errors import ConfigurationError, InputError
+from smolvlm_fms.processing import native
 from smolvlm_fms.processing.geometry import center_crop_box, resize_to_longest_edge, tile_boxes
 from smolvlm_fms.processing.pixels import Picture, to_picture
 from smolvlm_fms.processing.resample import Backend, Pixels, as_array, prepare, resize
 from smolvlm_fms.processing.sources import ImageSource, load_image
+from smolvlm_fms.processing.threads import in_threads
 from smolvlm_fms.types import TileGrid
 
 __all__ = [
@@ -39,8 +39,6 @@ __all__ = [
 
 Array: TypeAlias = npt.NDArray[Any]
 Float32: TypeAlias = npt.NDArray[np.float32]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +89,18 @@ class PixelMap:
 
     def write(self, tile_HWC: Array, out_CHW: Array) -> None:
         """Map one tile into its place in the batch."""
+        if out_CHW.dtype == np.float32 and native.can_write(tile_HWC):
+            native.write(tile_HWC, out_CHW, self._tables(tile_HWC.shape[2]))
+        else:
+            self._write(tile_HWC, out_CHW)
+
+    def _tables(self, channels: int) -> Float32:
+        """What becomes of each of the 256 bytes, by channel."""
+        tables = np.empty((channels, 1, 256), np.float32)
+        self._write(np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (1, 256, channels)), tables)
+        return tables[:, 0]
+
+    def _write(self, tile_HWC: Array, out_CHW: Array) -> None:
         source = tile_HWC.transpose(2, 0, 1)
         if self.table is not None:
             np.take(self.table, source, out=out_CHW, mode="clip")
@@ -104,29 +114,19 @@ class PixelMap:
         return not self.steps and self.table is None
 
 
-def cut_picture(pixels: Pixels, grid: TileGrid, resample: Image.Resampling, backend: Backend) -> list[Array]:
+def cut_picture(
+    pixels: Pixels, grid: TileGrid, resample: Image.Resampling, backend: Backend, threads: int = 1
+) -> list[Array]:
     """The tiles of one picture, (tile, tile, channels) each, row by row, the overview last; views where possible."""
-    pixels = resize(pixels, grid.resized, resample, backend)
+    pixels = resize(pixels, grid.resized, resample, backend, threads)
     if grid.cropped != grid.resized:
         pixels = _crop(as_array(pixels), grid.cropped)
-    pixels = resize(pixels, grid.canvas, resample, backend)
+    pixels = resize(pixels, grid.canvas, resample, backend, threads)
     canvas = as_array(pixels)
     if not grid.rows:
         return [canvas]
-    overview = as_array(resize(pixels, (grid.tile, grid.tile), resample, backend))
+    overview = as_array(resize(pixels, (grid.tile, grid.tile), resample, backend, threads))
     return [*(canvas[top:bottom, left:right] for top, left, bottom, right in tile_boxes(grid)), overview]
-
-
-def in_threads(work: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
-    """``[work(item) for item in items]`` on as many threads as torch uses; the pool lives for this call only.
-
-    Resizing and NumPy's arithmetic release Python's lock. A pool that outlived the call would not survive a fork.
-    """
-    workers = min(len(items), torch.get_num_threads(), os.cpu_count() or 1)
-    if workers < 2:
-        return [work(item) for item in items]
-    with ThreadPoolExecutor(workers, thread_name_prefix="smolvlm-images") as pool:
-        return list(pool.map(work, items))
 
 
 def resize_keep_aspect(

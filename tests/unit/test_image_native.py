@@ -1,0 +1,78 @@
+"""The compiled resize against Pillow itself, bit for bit, and the way back to Pillow where it is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from smolvlm_fms.processing import native
+from smolvlm_fms.processing.tiling import PixelMap
+
+FILTERS = [each for each in Image.Resampling if native.can_resize(3, each)]
+built = pytest.mark.skipif(not FILTERS, reason="THE COMPILED RESIZE IS NOT BUILT: install with a C compiler")
+
+
+def pillow(pixels: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    flat = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    resized = np.asarray(Image.fromarray(flat).resize((size[1], size[0]), resample))
+    return resized.reshape(*size, pixels.shape[2])
+
+
+@built
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 130), st.integers(1, 130)),
+    st.sampled_from([1, 3]),
+    st.sampled_from(FILTERS or list(Image.Resampling)),
+    st.integers(1, 4),
+    st.integers(0, 3),
+)
+def test_the_same_bytes_as_pillow(source, target, channels, resample, threads, seed):
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (*source, channels), dtype=np.uint8)
+    if seed == 0:
+        pixels = np.where(pixels > 127, 255, 0).astype(np.uint8)  # the filters' overshoot is clipped in both passes
+    assert np.array_equal(native.resize(pixels, target, resample, threads), pillow(pixels, target, resample))
+
+
+@built
+@pytest.mark.parametrize("resample", FILTERS, ids=lambda each: each.name)
+def test_at_the_sizes_of_photographs(resample):
+    pixels = np.random.default_rng(1).integers(0, 256, (601, 1203, 3), dtype=np.uint8)
+    for size in ((768, 1536), (512, 512), (601, 400), (37, 1203)):
+        assert np.array_equal(native.resize(pixels, size, resample, 2), pillow(pixels, size, resample))
+
+
+@built
+@pytest.mark.parametrize("backend", ["pil", "torch"])
+@pytest.mark.parametrize("factor", [1 / 255, 1 / 127.5, None])
+def test_tables_give_what_arithmetic_gives(backend, factor):
+    steps = PixelMap.build(backend, rescale_factor=factor, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.4])
+    canvas = np.random.default_rng(2).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    tile = canvas[3:35, 5:37]
+    fast, slow = np.empty((3, 32, 32), np.float32), np.empty((3, 32, 32), np.float32)
+    assert native.can_write(tile) and not native.can_write(tile.transpose(1, 0, 2))
+    steps.write(tile, fast)
+    steps._write(tile, slow)
+    assert np.array_equal(fast, slow)
+
+
+def test_without_it_pillow_gives_the_same_batch(tmp_path):
+    script = """
+import sys, numpy as np
+from smolvlm_fms.processing import SmolVLMImageProcessor
+images = [np.random.default_rng(seed).integers(0, 256, (50 + seed, 71, 3), dtype=np.uint8) for seed in range(3)]
+processor = SmolVLMImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 48})
+np.save(sys.argv[1], processor(images, return_tensors="np").pixel_values)
+"""
+    for switch in ("0", "1"):
+        environment = {"SMOLVLM_NATIVE_RESIZE": switch, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / switch)], check=True, env=environment)
+    assert np.array_equal(np.load(tmp_path / "0.npy"), np.load(tmp_path / "1.npy"))
