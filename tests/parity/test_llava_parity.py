@@ -281,3 +281,8 @@ def test_fms_own_llava_next_agrees_on_batch_row_0(tmp_path: Path) -> None:
             extra = {name: batch[name] for name in ("pixel_values", "image_sizes")}
             inputs, _ = theirs.prepare_inputs_for_generation(0, batch["input_ids"], dict(extra))
             assert gap(ours(**batch), theirs(inputs)) <= FP32_LIMIT
+        # It splices every picture into row 0. When this fails, upstream takes batches: compare them here, too.
+        batch = make_llava_batch(folder, [[0], [1]])
+        extra = {name: batch[name] for name in ("pixel_values", "image_sizes")}
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            theirs.prepare_inputs_for_generation(0, batch["input_ids"], dict(extra))
