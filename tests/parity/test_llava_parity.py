@@ -93,7 +93,7 @@ def test_greedy_tokens(pair: Pair) -> None:
     """transformers' generate, FMS's generate with our hook, and forward alone all write the same tokens."""
     from fms.utils.generation import generate
 
-    for seed in range(20):  # until no row happens to write an <image>, for which there is no picture
+    for seed in range(20):  # until no row happens to write an <image>, which forward alone cannot tell from a prompt's
         batch = make_llava_batch(pair.folder, [[0, 1], [], [2]], seed=seed)
         theirs = pair.theirs.generate(**batch, max_new_tokens=8, do_sample=False)
         if not bool((theirs[:, batch["input_ids"].shape[1] :] == IMAGE_TOKEN).any()):

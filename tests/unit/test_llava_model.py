@@ -145,6 +145,18 @@ def test_the_hook_and_the_cache_agree_with_forward(model: LlavaNext) -> None:
     torch.testing.assert_close(last[:, 0], expected[:, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_a_generated_image_token_is_no_placeholder(model: LlavaNext) -> None:
+    pixels, sizes = torch.randn(2, 5, 3, 28, 28), torch.tensor(SIZES[:2])
+    ids, _ = batch(model, ["0", 1, "1", 2])
+    _, left = model.prepare_inputs(0, ids, {"pixel_values": pixels, "image_sizes": sizes})
+    longer = torch.cat((ids, torch.tensor([[IMAGE, 7]])), 1)
+    longer_ids, left = model.prepare_inputs(1, longer, left)
+    states = model(longer_ids, output_hidden_states=True, **left)[1]
+    expected = model.text_model.base_model.embed(longer[:, -2:]) * model.config.text.embedding_multiplier
+    assert torch.equal(states[0][:, -2:], expected)
+    torch.testing.assert_close(states[0][:, :-2], model(ids, pixels, sizes, output_hidden_states=True)[1][0])
+
+
 def test_counts_are_checked_row_by_row(model: LlavaNext) -> None:
     pixels, sizes = torch.randn(3, 5, 3, 28, 28), torch.tensor(SIZES)
     ids, _ = batch(model, ["0", 1], [2], ["2", 1])

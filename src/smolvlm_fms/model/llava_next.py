@@ -179,16 +179,21 @@ class LlavaNext(nn.Module):
             image_hidden_states = self.encode_images(pixel_values, image_sizes)
         if image_hidden_states is None:
             return embeddings_BTD
-        length = image_hidden_states.prompt_length if isinstance(image_hidden_states, PictureFeatures) else None
-        rest_BTD, embeddings_BTD = embeddings_BTD[:, length or input_ids.shape[1] :], embeddings_BTD[:, :length]
-        input_ids = input_ids[:, :length]
+        length = input_ids.shape[1]
+        if isinstance(image_hidden_states, PictureFeatures) and image_hidden_states.prompt_length is not None:
+            length = image_hidden_states.prompt_length
+        packed_BTD = self._packed(embeddings_BTD[:, :length], input_ids[:, :length], image_hidden_states)
+        return torch.cat((packed_BTD, embeddings_BTD[:, length:]), 1) if length < input_ids.shape[1] else packed_BTD
+
+    def _packed(self, embeddings_BTD: Tensor, input_ids: Tensor, features: PictureFeatures | Tensor) -> Tensor:
+        """``embeddings_BTD`` with image features at the placeholders of ``input_ids``; counts are checked."""
         placeholders = (input_ids == self.config.image_token_id).sum(1).tolist()
-        if isinstance(image_hidden_states, PictureFeatures):
-            pictures_per_row(placeholders, image_hidden_states.tokens_per_picture)
-            if not image_hidden_states.features:
-                return torch.cat((embeddings_BTD, rest_BTD), 1)
-            image_hidden_states = torch.cat(image_hidden_states.features)
-        features_TD = image_hidden_states.reshape(-1, image_hidden_states.shape[-1])
+        if isinstance(features, PictureFeatures):
+            pictures_per_row(placeholders, features.tokens_per_picture)
+            if not features.features:
+                return embeddings_BTD
+            features = torch.cat(features.features)
+        features_TD = features.reshape(-1, features.shape[-1])
         if sum(placeholders) != len(features_TD):
             raise TokenCountError(
                 f"The batch has {sum(placeholders)} <image> placeholders, but {len(features_TD)} image features came."
