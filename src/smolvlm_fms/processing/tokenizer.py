@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer
 from smolvlm_fms.errors import ConfigurationError, FetchError, InputError
 from smolvlm_fms.processing.files import read_json, write_json
 
-__all__ = ["SmolVLMTokenizer", "TokenBatch"]
+__all__ = ["SmolVLMTokenizer", "TokenBatch", "as_kind"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +88,8 @@ class SmolVLMTokenizer:
         self._register(settings.get("added_tokens_decoder") or {})
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SmolVLMTokenizer:
-        """Read the tokenizer of a checkpoint folder.
+    def from_pretrained(cls, folder: str | Path, **overrides: Any) -> SmolVLMTokenizer:
+        """Read the tokenizer of a checkpoint folder; ``overrides`` replace fields of tokenizer_config.json.
 
         Raises FetchError where tokenizer.json is missing, ConfigurationError where a file cannot be read.
         """
@@ -109,7 +109,7 @@ class SmolVLMTokenizer:
         template = folder / "chat_template.jinja"
         if template.is_file():
             configuration["chat_template"] = template.read_text(encoding="utf-8")
-        return cls(backend, configuration)
+        return cls(backend, configuration | overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json as transformers 4 and 5 read them."""
@@ -128,6 +128,8 @@ class SmolVLMTokenizer:
             "padding_side": self.padding_side,
             "truncation_side": self.truncation_side,
             "tokenizer_class": SAVED_CLASS,
+            # In transformers 4 this class would add token_type_ids, which no model of the family takes.
+            "model_input_names": list(self.model_input_names),
         }
         if named:
             content["extra_special_tokens"] = named
@@ -200,7 +202,7 @@ class SmolVLMTokenizer:
         if kind is None and not batched and not return_overflowing_tokens:
             data = {name: value[0] if isinstance(value[0], list) else value for name, value in data.items()}
         elif kind is not None:
-            data = {name: _as_tensor(name, value, kind) for name, value in data.items()}
+            data = {name: as_kind(name, value, kind) for name, value in data.items()}
         return TokenBatch(data, encodings)
 
     def encode(self, text: str, add_special_tokens: bool = True, **kwargs: Any) -> list[int]:
@@ -469,7 +471,10 @@ def _to_list(ids: Any) -> Any:
     return int(ids)
 
 
-def _as_tensor(name: str, rows: list[Any], kind: str) -> Any:
+def as_kind(name: str, rows: list[Any], kind: str | None) -> Any:
+    """Rows of whole numbers as a torch or NumPy array (``"pt"``, ``"np"``), or as they are (None)."""
+    if kind is None:
+        return rows
     ragged = len({len(row) for row in rows if isinstance(row, list)}) > 1
     if kind == "np":
         if ragged:

@@ -35,7 +35,8 @@ from smolvlm_fms.processing.options import check_device, standard_form
 from smolvlm_fms.processing.pixels import Picture, to_picture
 from smolvlm_fms.processing.resample import as_array, prepare, resize
 from smolvlm_fms.processing.sources import load_image
-from smolvlm_fms.processing.tiling import PixelMap, check_channels, in_threads
+from smolvlm_fms.processing.threads import available_threads, in_threads
+from smolvlm_fms.processing.tiling import PixelMap, check_channels
 from smolvlm_fms.processing.video_decode import Frame, VideoMetadata, VideoSource, decode_video
 from smolvlm_fms.processing.video_layout import nest_videos, split_frames
 
@@ -69,7 +70,7 @@ DEFAULTS: dict[str, Any] = {
 }
 #: Arguments that transformers takes for every video processor and that change nothing for SmolVLM's.
 _IDLE = ("default_to_square", "do_center_crop", "crop_size", "data_format")
-_CALL_ONLY = ("return_tensors", "device", "video_metadata", *_IDLE)
+CALL_ONLY = ("return_tensors", "device", "video_metadata", *_IDLE)
 _SWITCHES = [name for name, value in DEFAULTS.items() if isinstance(value, bool)]
 
 
@@ -216,7 +217,7 @@ class SmolVLMVideoProcessor:
         return {name: copy.deepcopy(getattr(self, name)) for name in DEFAULTS}
 
     def _resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        _check_names(options, [*DEFAULTS, *_CALL_ONLY])
+        _check_names(options, [*DEFAULTS, *CALL_ONLY])
         kind = getattr(options.get("return_tensors"), "value", options.get("return_tensors"))
         if kind not in (None, "pt", "np"):
             raise ConfigurationError(f"return_tensors is {kind!r}; it is 'pt', 'np' or None.")
@@ -244,7 +245,9 @@ class SmolVLMVideoProcessor:
         if isinstance(item, list | tuple):
             if any(_is_file(frame) for frame in item) and chosen["do_sample_frames"]:
                 raise VideoError("Frames cannot be sampled from a list of picture files; pass do_sample_frames=False.")
-            pictures = in_threads(lambda frame: to_picture(load_image(frame), rgb=rgb, order=order), item)
+            pictures = in_threads(
+                lambda frame: to_picture(load_image(frame), rgb=rgb, order=order), item, available_threads()
+            )
             unit = all(picture.unit for picture in pictures)  # one dark frame does not make a video of 0…1
             pictures = [dataclasses.replace(picture, unit=unit) for picture in pictures]
         else:
@@ -261,7 +264,11 @@ class SmolVLMVideoProcessor:
             frames, metadata.frames_indices = [frames[index] for index in indices], indices
         elif metadata.frames_indices is None:
             metadata.frames_indices = list(range(len(frames)))
-        return _Clip(in_threads(shrink, frames), metadata, unit)
+        elif len(metadata.frames_indices) != len(frames):
+            raise VideoError(
+                f"{len(frames)} frames came with {len(metadata.frames_indices)} frames_indices in their metadata."
+            )
+        return _Clip(in_threads(shrink, frames, available_threads()), metadata, unit)
 
     def _sample(self, metadata: VideoMetadata, chosen: Mapping[str, Any]) -> npt.NDArray[np.int64]:
         return self.sample_frames(metadata, chosen["num_frames"], chosen["fps"], chosen["skip_secs"])
@@ -356,7 +363,7 @@ def _collate(clips: Sequence[_Clip], chosen: Mapping[str, Any], kind: str | None
             chosen["backend"], rescale_factor=factor, mean=mean, std=std, floats_to_one=clip.unit
         )  # fmt: skip
         jobs += [(steps, frame, out[place, :, :height, :width]) for place, frame in enumerate(clip.frames)]
-    in_threads(lambda job: job[0].write(job[1], job[2]), jobs)
+    in_threads(lambda job: job[0].write(job[1], job[2]), jobs, available_threads())
     data: dict[str, Any] = {"pixel_values": _as_kind(pixels, kind)}
     if chosen["do_pad"]:
         data["pixel_attention_mask"] = _as_kind(_masks(lengths, heights, widths, shape), kind)

@@ -281,6 +281,8 @@ def _opened(handle: Any, name: str) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoError(f"{name}: no picture stream; a sound file?")
+            if stream.codec_context is None:
+                raise VideoError(f"{name}: the pictures are coded in a way that FFmpeg does not know, or damaged.")
             _check_size(stream.codec_context.width, stream.codec_context.height, name)
             yield container, stream
     except VideoError:
