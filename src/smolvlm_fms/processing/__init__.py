@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         tokens_per_tile,
     )
     from smolvlm_fms.processing.image import SmolVLMImageProcessor, preprocess_images
+    from smolvlm_fms.processing.processor import SmolVLMProcessor, process_inputs
     from smolvlm_fms.processing.sources import load_image
     from smolvlm_fms.processing.tiling import (
         center_crop,
@@ -24,20 +25,30 @@ if TYPE_CHECKING:
         resize_keep_aspect,
         split_into_tiles,
     )
+    from smolvlm_fms.processing.tokenizer import SmolVLMTokenizer
+    from smolvlm_fms.processing.video import SmolVLMVideoProcessor, VideoMetadata, sample_frame_indices
+    from smolvlm_fms.processing.video_decode import decode_video
 
 _HOMES = {
     "ProcessedBatch": "batch",
     "SmolVLMImageProcessor": "image",
+    "SmolVLMProcessor": "processor",
+    "SmolVLMTokenizer": "tokenizer",
+    "SmolVLMVideoProcessor": "video",
+    "VideoMetadata": "video",
     "center_crop": "tiling",
     "cut_into_patches": "tiling",
+    "decode_video": "video_decode",
     "image_token_count": "geometry",
     "load_image": "sources",
     "load_processor": "factory",
     "normalize": "tiling",
     "plan_tiles": "geometry",
     "preprocess_images": "image",
+    "process_inputs": "processor",
     "resize_keep_aspect": "tiling",
     "resize_to_longest_edge": "geometry",
+    "sample_frame_indices": "video",
     "split_into_tiles": "tiling",
     "tile_count": "geometry",
     "tokens_per_tile": "geometry",
@@ -46,16 +57,23 @@ _HOMES = {
 __all__ = [
     "ProcessedBatch",
     "SmolVLMImageProcessor",
+    "SmolVLMProcessor",
+    "SmolVLMTokenizer",
+    "SmolVLMVideoProcessor",
+    "VideoMetadata",
     "center_crop",
     "cut_into_patches",
+    "decode_video",
     "image_token_count",
     "load_image",
     "load_processor",
     "normalize",
     "plan_tiles",
     "preprocess_images",
+    "process_inputs",
     "resize_keep_aspect",
     "resize_to_longest_edge",
+    "sample_frame_indices",
     "split_into_tiles",
     "tile_count",
     "tokens_per_tile",
