@@ -253,6 +253,10 @@ class SmolVLMConfig(BaseConfig):
     linear_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.vision, Mapping):  # FMS builds configurations from ``as_dict()``
+            self.vision = VisionConfig.from_dict(self.vision)
+        if isinstance(self.text, Mapping):
+            self.text = TextConfig.from_dict(self.text)
         if self.model_type not in ("smolvlm", "idefics3"):
             raise ConfigurationError(f"model_type {self.model_type!r} is not smolvlm or idefics3.")
         _positive(self, "config", "scale_factor")
