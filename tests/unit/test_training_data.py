@@ -297,9 +297,10 @@ def test_packed_samples_do_not_see_each_other(encoder: Encoder, tmp_path: Path) 
     packed = collate_packed([samples[:2], samples[2:]], 2)
     model = tiny_model().eval()
     alone = [model(**model_inputs(collate([sample], 2))) for sample in samples]
-    together = model(**model_inputs(packed))
-    assert torch.allclose(together[0, :14], torch.cat(alone[:2], 1)[0], atol=1e-5)
-    assert torch.allclose(together[1, :12], alone[2][0], atol=1e-5)
+    for masked in (True, False):
+        together = model(**model_inputs(packed, masked))
+        assert torch.allclose(together[0, :14], torch.cat(alone[:2], 1)[0], atol=1e-5)
+        assert torch.allclose(together[1, :12], alone[2][0], atol=1e-5)
     targets = shifted_targets(packed["labels"], packed["segments"])
     assert int((targets != IGNORE).sum()) == 8 + 4 + 11
     assert int(targets[0, 8]) == IGNORE, "the last token of a sample must not predict the next one's first"

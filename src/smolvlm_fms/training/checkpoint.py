@@ -126,7 +126,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one move, so that a reader sees the old or the new one."""
-    beside = path.with_name(f".{path.name}.writing")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     beside.write_text(text, encoding="utf-8")
     _sync(beside)
     os.replace(beside, path)

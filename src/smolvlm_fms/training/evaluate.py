@@ -10,23 +10,28 @@ from torch import Tensor, nn
 
 from smolvlm_fms.training.config import EvalConfig
 from smolvlm_fms.training.loss import shifted_targets, token_loss
+from smolvlm_fms.training.packed import PACKED, cuts
 from smolvlm_fms.training.samples import IGNORE, Sample, collate, to_device
 
 __all__ = ["Evaluator", "greedy", "model_inputs"]
 
 
-def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def model_inputs(batch: dict[str, Tensor], masked: bool = False) -> dict[str, Any]:
     """The arguments of ``forward`` in a batch.
 
-    Rows with one sample need no mask (padding is on the right); rows with several get one that keeps them apart.
+    Rows with one sample need no mask (padding is on the right). The samples of packed rows are kept apart by an
+    attention operator that takes one after the other, or, ``masked``, by a mask, which ``torch.compile`` and GPUs like
+    better.
     """
     names = ("input_ids", "pixel_values", "pixel_attention_mask", "position_ids")
-    inputs = {name: batch[name] for name in names if name in batch}
-    if "position_ids" in batch:
-        segments_BT = batch["segments"]
-        places = torch.arange(segments_BT.shape[1], device=segments_BT.device)
-        inputs["mask"] = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (places[:, None] >= places)
-    return inputs
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    if "position_ids" not in batch:
+        return inputs
+    segments_BT = batch["segments"]
+    if not masked:
+        return inputs | {"attn_name": PACKED, "cuts": cuts(segments_BT)}
+    places = torch.arange(segments_BT.shape[1], device=segments_BT.device)
+    return inputs | {"mask": (segments_BT[:, :, None] == segments_BT[:, None, :]) & (places[:, None] >= places)}
 
 
 class Evaluator:

@@ -20,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.training.config import ParallelConfig
 from smolvlm_fms.training.samples import IGNORE, Batch
 
-__all__ = ["Group", "blank_copy", "shard", "started", "whole_model", "with_tiles"]
+__all__ = ["Group", "blank_copy", "reshard", "shard", "started", "whole_model", "with_tiles"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,13 @@ def shard(model: nn.Module, group: Group, config: ParallelConfig, half: bool) ->
             for block in module:
                 fully_shard(block, **options)
     fully_shard(model, **options)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered weights: without a backward pass, FSDP leaves the outermost ones whole after ``forward``."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def with_tiles(batch: Batch, config: Any) -> Batch:

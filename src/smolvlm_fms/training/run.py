@@ -52,6 +52,7 @@ def train(config: TrainConfig, say: Callable[[str], object] = print) -> TrainRes
 
 def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, Report]:
     """Everything up to the first step. Raises TrainingError where that step would make no sense."""
+    group = group or Group(device=pick_device(config.device))
     if config.model is None:
         raise ConfigurationError("model is missing; name the checkpoint folder (or hub id) to start from.")
     check_unchanged(config)
@@ -67,10 +68,14 @@ def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, R
     tokenizer = processor.tokenizer
     encoder = Encoder(processor, config.data.max_length, config.data.too_long == "cut")
     config.run.mkdir(parents=True, exist_ok=True)
+    if not group.is_first:
+        group.wait()  # the first process measures the data, the others read what it found
     plan, report = preflight(config.data, encoder, config.seed, config.run / "preflight")
+    if group.is_first:
+        group.wait()
     if config.epochs is not None:
         config.steps = count_steps(config, plan, report)
-    if group is None or group.is_first:
+    if group.is_first:
         write_atomically(config.run / "preflight.json", json.dumps(asdict(report), indent=1, ensure_ascii=False))
     pad = _pad_token(tokenizer, model)
     evaluator = None

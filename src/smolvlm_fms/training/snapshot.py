@@ -5,6 +5,7 @@ Shards are written by ``torch.distributed.checkpoint`` while training goes on, a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Snapshot:
         self.average = average
         self.group = group
         self.asynchronous = asynchronous and group.world > 1
+        # Its own group: what is written in the background must not be mixed up with the training's own exchanges.
+        self.background = dist.new_group(backend="gloo") if self.asynchronous else None
         self._writing: tuple[int, Mapping[str, Any], Any] | None = None
 
     def save(self, step: int, facts: Mapping[str, Any]) -> None:
@@ -58,20 +61,26 @@ class Snapshot:
             self.folder.staging(step)
         self.group.wait()
         if self.asynchronous:
-            future = state_dict_saver.async_save(self._tensors(), checkpoint_id=staging)
+            future = state_dict_saver.async_save(self._tensors(), checkpoint_id=staging, process_group=self.background)
             self._writing = (step, facts, future)
             return
         self._written(lambda: state_dict_saver.save(self._tensors(), checkpoint_id=staging))
-        self._commit(step, facts)
+        if self.group.is_first:
+            self.folder.commit(step, facts)
+        self.group.wait()
 
-    def finish(self) -> int | None:
-        """Wait for the checkpoint that is being written, if any, and make it count; returns its step."""
-        if self._writing is None:
-            return None
-        (step, facts, future), self._writing = self._writing, None
-        self._written(future.result)
-        self._commit(step, facts)
-        return step
+    def finish(self, wait: bool = True) -> None:
+        """Make the checkpoint count that is being written in the background, if it is there (or wait for it).
+
+        The first process knows that it is there: DCP's coordinator ends after all others have written.
+        """
+        if self._writing is not None and (wait or self._writing[2].done()):
+            (step, facts, future), self._writing = self._writing, None
+            self._written(future.result)
+            if self.group.is_first:
+                self.folder.commit(step, facts)
+        if wait and self.asynchronous:
+            self.group.wait()
 
     def restore(self, step: int) -> None:
         """Bring back the state of ``step``, written by any number of processes."""
@@ -121,13 +130,11 @@ class Snapshot:
             if name in self.parameters:
                 step = torch.zeros((), dtype=torch.float32)
                 tensors[key] = step if kind == "step" else torch.empty_like(self.parameters[name].detach())
-        state_dict_loader.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # One process may well read what many have written; DCP remarks on that.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            state_dict_loader.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
         return tensors
-
-    def _commit(self, step: int, facts: Mapping[str, Any]) -> None:
-        if self.group.is_first:
-            self.folder.commit(step, facts)
-        self.group.wait()
 
     def _written(self, write: Any) -> None:
         try:

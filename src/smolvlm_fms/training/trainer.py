@@ -35,7 +35,7 @@ from smolvlm_fms.training.evaluate import model_inputs
 from smolvlm_fms.training.flops import batch_flops, peak_flops
 from smolvlm_fms.training.loss import shifted_targets, token_loss
 from smolvlm_fms.training.optimizer import Average, build_optimizer, freeze, rate_at, set_rate, trainable
-from smolvlm_fms.training.parallel import Group, blank_copy, shard, whole_model, with_tiles
+from smolvlm_fms.training.parallel import Group, blank_copy, reshard, shard, whole_model, with_tiles
 from smolvlm_fms.training.progress import Bar, JsonLines
 from smolvlm_fms.training.samples import IGNORE, Batch, to_device
 from smolvlm_fms.training.snapshot import Snapshot
@@ -96,6 +96,7 @@ class Trainer:
             shard(model, self.group, config.parallel, config.precision == "bfloat16")
         self.optimizer = build_optimizer(model, config)
         self.average = Average(model, config.optim.ema) if config.optim.ema else None
+        self.masked = config.compile or self.group.device.type != "cpu"
         self.compute: Callable[..., Tensor] = torch.compile(model) if config.compile else model
         self.checkpoints = CheckpointFolder(config.run / "checkpoints", config.checkpoint.keep)
         self.snapshot = Snapshot(
@@ -168,7 +169,8 @@ class Trainer:
             if last or self._stop or self.step % config.checkpoint.every == 0 or self._agree(overdue):
                 self.save(required=last or self._stop)
                 saved_at = time.monotonic()
-        self._settle()
+            self._settle(wait=False)
+        self._settle(wait=True)
 
     def _train_step(self, stream: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; returns its metrics. Leaves weights and ``self.step`` alone if a number is not finite."""
@@ -219,7 +221,7 @@ class Trainer:
         """Add one micro-batch's gradients; returns its summed cross entropy, in float64 on the CPU."""
         mask_BT = targets_BT != IGNORE
         with self._autocast():
-            logits_KV = self.compute(**model_inputs(batch), logits_mask=mask_BT)
+            logits_KV = self.compute(**model_inputs(batch, self.masked), logits_mask=mask_BT)
         total, entropy = token_loss(logits_KV, targets_BT[mask_BT], self.config.optim.z_loss)
         # FSDP takes the mean over processes; the loss is the mean over all tokens of all of them.
         (total * (self.group.world / learnt)).backward()  # type: ignore[no-untyped-call]
@@ -293,12 +295,12 @@ class Trainer:
         except OSError as error:
             self._not_saved(error, required)
 
-    def _settle(self) -> None:
-        """Wait for a checkpoint that is still being written."""
+    def _settle(self, wait: bool) -> None:
+        """Make a checkpoint count that has been written in the background, or wait for it."""
         try:
-            self.snapshot.finish()
+            self.snapshot.finish(wait)
         except OSError as error:
-            self._not_saved(error, required=True)
+            self._not_saved(error, required=wait)
 
     def _not_saved(self, error: OSError, required: bool) -> None:
         self._saved_step = -1
@@ -345,14 +347,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
-        if self.average is None:
-            yield
-            return
-        self.average.swap(self.model)
+        """The averaged weights in the model's place, where there are any."""
+        if self.average is not None:
+            self.average.swap(self.model)
         try:
             yield
         finally:
-            self.average.swap(self.model)
+            reshard(self.model)
+            if self.average is not None:
+                self.average.swap(self.model)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         on = self.config.precision == "bfloat16"
