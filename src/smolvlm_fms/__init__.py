@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_fms.fms_bridge import register_with_fms as _register_with_fms
 
 if TYPE_CHECKING:
+    from smolvlm_fms.bundle import bundled
     from smolvlm_fms.config import SmolVLMConfig, TextConfig, VisionConfig
+    from smolvlm_fms.config_llava import LlavaNextConfig
     from smolvlm_fms.engine.api import VLM, Stream, load
     from smolvlm_fms.engine.config import EngineConfig
     from smolvlm_fms.engine.options import GenerationOptions
@@ -35,12 +37,13 @@ if TYPE_CHECKING:
         UnsafeCheckpointError,
         VideoError,
     )
+    from smolvlm_fms.model.llava_next import LlavaNext
     from smolvlm_fms.model.multi_patch import MultiPatchVisionProcessor, create_multi_patch_processor
     from smolvlm_fms.model.smolvlm import SmolVLM
     from smolvlm_fms.processing.image import SmolVLMImageProcessor
     from smolvlm_fms.processing.processor import SmolVLMProcessor
     from smolvlm_fms.processing.video import SmolVLMVideoProcessor
-    from smolvlm_fms.types import Answer, Timings, TokenLogprob, Usage
+    from smolvlm_fms.types import Answer, TileGrid, Timings, TokenLogprob, Usage
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,8 @@ __all__ = [
     "GenerationOptions",
     "ImageError",
     "InputError",
+    "LlavaNext",
+    "LlavaNextConfig",
     "MissingDependencyError",
     "MultiPatchVisionProcessor",
     "PromptError",
@@ -66,6 +71,7 @@ __all__ = [
     "SmolVLMVideoProcessor",
     "Stream",
     "TextConfig",
+    "TileGrid",
     "Timings",
     "TokenCountError",
     "TokenLogprob",
@@ -74,23 +80,27 @@ __all__ = [
     "Usage",
     "VideoError",
     "VisionConfig",
+    "bundled",
     "create_multi_patch_processor",
     "load",
 ]
 
 _HOMES = {
+    "bundle": "bundled",
     "config": "SmolVLMConfig TextConfig VisionConfig",
+    "config_llava": "LlavaNextConfig",
     "engine.api": "VLM Stream load",
     "engine.config": "EngineConfig",
     "engine.options": "GenerationOptions",
     "errors": "CapacityError CheckpointError ConfigurationError FetchError ImageError InputError "
     "MissingDependencyError PromptError SmolVLMError TokenCountError TrainingError UnsafeCheckpointError VideoError",
+    "model.llava_next": "LlavaNext",
     "model.multi_patch": "MultiPatchVisionProcessor create_multi_patch_processor",
     "model.smolvlm": "SmolVLM",
     "processing.image": "SmolVLMImageProcessor",
     "processing.processor": "SmolVLMProcessor",
     "processing.video": "SmolVLMVideoProcessor",
-    "types": "Answer Timings TokenLogprob Usage",
+    "types": "Answer TileGrid Timings TokenLogprob Usage",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 def demo(json: bool = typer.Option(False, "--json", help="One JSON object on standard output.")) -> None:
     started = time.perf_counter()
     import smolvlm_fms as sv
-    from smolvlm_fms.bundled import bundled
+    from smolvlm_fms.bundle import bundled
 
     pictures = bundled("pictures")
     questions = jsonlib.loads((pictures / "questions.json").read_text(encoding="utf-8"))

@@ -46,7 +46,7 @@ def inspect(
 
 def _folder(model: str) -> Path:
     """A folder with the checkpoint's configuration. Only a hub id needs the (slow to import) loader."""
-    from smolvlm_fms.bundled import folder_of
+    from smolvlm_fms.bundle import folder_of
 
     folder = Path(folder_of(model)).expanduser()
     if folder.is_dir():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_fms.bundled import folder_of
+from smolvlm_fms.bundle import folder_of
 from smolvlm_fms.engine.backend import Backend
 from smolvlm_fms.engine.checkpoint import GenerationDefaults, read_generation_defaults
 from smolvlm_fms.engine.config import BLOCK, EngineConfig

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from smolvlm_fms.bundled import folder_of
+from smolvlm_fms.bundle import folder_of
 from smolvlm_fms.errors import CheckpointError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 
