@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smolvlm_fms.model.packed import PACKED, cuts
 from smolvlm_fms.training.config import EvalConfig
 from smolvlm_fms.training.loss import shifted_targets, token_loss
-from smolvlm_fms.training.packed import PACKED, cuts
 from smolvlm_fms.training.samples import IGNORE, Sample, collate, to_device
 
 __all__ = ["Evaluator", "greedy", "model_inputs"]

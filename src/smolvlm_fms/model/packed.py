@@ -6,9 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fms.modules.attention import register_attention_op
 from torch import Tensor
+
+from smolvlm_fms.modules.attention import sdpa
 
 __all__ = ["PACKED", "cuts"]
 
@@ -41,10 +42,7 @@ def _attend(
         parts = []
         for start, end in spans:
             q, k, v = (x[number : number + 1, start:end].transpose(1, 2) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-            parts.append(out.transpose(1, 2))
+            parts.append(sdpa(q, k, v, dropout, scale, is_causal_mask=True))
         rows.append(torch.cat(parts, 1))
     return torch.cat(rows)
 
