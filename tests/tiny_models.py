@@ -9,6 +9,7 @@ Weights are scaled so that every part matters: norms are not all ones, biases no
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,38 @@ def build_model(
     return model
 
 
-def load_peer(folder: str | Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The checkpoint in ``folder`` as transformers loads it, in evaluation mode."""
+def load_peer(folder: str | Path, dtype: torch.dtype = torch.float32, *, exact_positions: bool = True) -> Any:
+    """The checkpoint in ``folder`` as transformers loads it, in evaluation mode.
+
+    transformers 4.57 computes position ids in the pixels' dtype and in fp32 gives a full tile 0, 0, 1, … instead of
+    0, 1, 2, … (in bf16, in which the released models were trained, it does not). With ``exact_positions`` its tower
+    gets transformers 5's arithmetic.
+    """
+    import transformers
     from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
     smolvlm = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["model_type"] == "smolvlm"
     peer = SmolVLMForConditionalGeneration if smolvlm else Idefics3ForConditionalGeneration
-    return peer.from_pretrained(folder, torch_dtype=dtype).eval()
+    model = peer.from_pretrained(folder, torch_dtype=dtype).eval()
+    if exact_positions and transformers.__version__ < "5":
+        model.model.vision_model.embeddings.forward = functools.partial(
+            _embed_as_transformers_5, model.model.vision_model.embeddings
+        )
+    return model
+
+
+def _embed_as_transformers_5(embeddings: Any, pixel_values: Tensor, patch_attention_mask: Tensor) -> Tensor:
+    """transformers 5's arithmetic for position ids (single precision, clamped), in transformers 4's module."""
+    side, mask = embeddings.num_patches_per_side, patch_attention_mask
+    boundaries = torch.arange(1 / side, 1.0, 1 / side)
+    rows = torch.arange(mask.shape[1]) * (1.0 / mask[:, :, 0].sum(1))[:, None]
+    cols = torch.arange(mask.shape[2]) * (1.0 / mask[:, 0, :].sum(1))[:, None]
+    row_ids = torch.bucketize(rows.clamp(max=1 - 1e-6), boundaries, right=True)
+    col_ids = torch.bucketize(cols.clamp(max=1 - 1e-6), boundaries, right=True)
+    ids = (row_ids[:, :, None] * side + col_ids[:, None, :]).flatten(1)
+    patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+    hidden: Tensor = patches + embeddings.position_embedding(torch.where(mask.flatten(1), ids, 0))
+    return hidden
 
 
 def make_batch(folder: str | Path, tiles: list[int], *, seed: int = 0, words: int = 6) -> dict[str, Tensor]:

@@ -66,6 +66,16 @@ def test_vision_features(pair: Pair) -> None:
     assert gap(ours.features, pair.theirs.model.connector(hidden)) <= FP32_LIMIT
 
 
+def test_which_transformers_shifts_positions(pair: Pair) -> None:
+    """transformers 4 in fp32 moves nearly every patch of a full tile; the peer of these tests has 5's arithmetic."""
+    import transformers
+
+    batch = make_batch(pair.folder, [1])
+    batch["pixel_attention_mask"] = torch.ones_like(batch["pixel_attention_mask"])
+    raw = load_peer(pair.folder, exact_positions=False)
+    assert (gap(raw(**batch).logits, pair.ours(**batch)) > FP32_LIMIT) == (transformers.__version__ < "5")
+
+
 def test_loss(pair: Pair) -> None:
     batch = make_batch(pair.folder, [2, 0, 3])
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE_TOKEN, -100)
