@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from smolvlm_fms.model.multi_patch import MultiPatchVisionProcessor, create_multi_patch_processor
     from smolvlm_fms.model.smolvlm import SmolVLM
     from smolvlm_fms.processing.image import SmolVLMImageProcessor
+    from smolvlm_fms.processing.llava_image import LlavaNextImageProcessor
+    from smolvlm_fms.processing.llava_next import LlavaNextProcessor
     from smolvlm_fms.processing.processor import SmolVLMProcessor
     from smolvlm_fms.processing.video import SmolVLMVideoProcessor
     from smolvlm_fms.types import Answer, TileGrid, Timings, TokenLogprob, Usage
@@ -60,6 +62,8 @@ __all__ = [
     "InputError",
     "LlavaNext",
     "LlavaNextConfig",
+    "LlavaNextImageProcessor",
+    "LlavaNextProcessor",
     "MissingDependencyError",
     "MultiPatchVisionProcessor",
     "PromptError",
@@ -98,6 +102,8 @@ _HOMES = {
     "model.multi_patch": "MultiPatchVisionProcessor create_multi_patch_processor",
     "model.smolvlm": "SmolVLM",
     "processing.image": "SmolVLMImageProcessor",
+    "processing.llava_image": "LlavaNextImageProcessor",
+    "processing.llava_next": "LlavaNextProcessor",
     "processing.processor": "SmolVLMProcessor",
     "processing.video": "SmolVLMVideoProcessor",
     "types": "Answer TileGrid Timings TokenLogprob Usage",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         tokens_per_tile,
     )
     from smolvlm_fms.processing.image import SmolVLMImageProcessor, preprocess_images
+    from smolvlm_fms.processing.llava_image import LlavaNextImageProcessor
+    from smolvlm_fms.processing.llava_next import LlavaNextProcessor
     from smolvlm_fms.processing.processor import SmolVLMProcessor, process_inputs
     from smolvlm_fms.processing.sources import load_image
     from smolvlm_fms.processing.tiling import (
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from smolvlm_fms.processing.video_decode import decode_video
 
 _HOMES = {
+    "LlavaNextImageProcessor": "llava_image",
+    "LlavaNextProcessor": "llava_next",
     "ProcessedBatch": "batch",
     "SmolVLMImageProcessor": "image",
     "SmolVLMProcessor": "processor",
@@ -55,6 +59,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "LlavaNextImageProcessor",
+    "LlavaNextProcessor",
     "ProcessedBatch",
     "SmolVLMImageProcessor",
     "SmolVLMProcessor",
