@@ -1,7 +1,7 @@
 """The fast path on the CPU: bf16 (or int8, int4) on packed weights.
 
-With our kernels a chunk of prefill and a decode step are one call each. Without them, packed oneDNN linears stand in
-the model's own blocks, on the exact path's cache.
+With our kernels a chunk of prefill and a decode step are one call each. Without them, packed oneDNN linears and a few
+large operations of torch compute the same on the exact path's cache.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from smolvlm_fms.engine import kernels
 from smolvlm_fms.engine.config import BLOCK
 from smolvlm_fms.engine.packed import kernel_text, pack_text, pack_tower
-from smolvlm_fms.engine.runner import ModelRunner, embed_prompt
+from smolvlm_fms.engine.runner import ModelRunner, Rows, embed_prompt
 from smolvlm_fms.engine.sampler import sample
 from smolvlm_fms.engine.sequence import Picture, Sampled, Sequence
+from smolvlm_fms.engine.torch_text import TorchText
 from smolvlm_fms.engine.tower import PackedTower
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.model.packing import patch_mask
@@ -76,11 +77,15 @@ class _Tower:
 
 
 class FallbackRunner(_Tower, ModelRunner):
-    """Without our kernels: the exact path's cache and blocks, on oneDNN's packed linears."""
+    """Without our kernels: the exact path's cache, packed linears of oneDNN, few operations between them."""
 
     def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
         super().__init__(model, kv_tokens, banned)
         self.tower = PackedTower(model.vision_tower, model.connector)
+        self.text = TorchText(model.text_model)
+
+    def _forward(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.text.forward(hidden_BTD, positions_BT, self._cache, rows)
 
 
 class CpuRunner(_Tower):
