@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
-SOURCES := pyproject.toml constraints.txt setup.py $(wildcard src/smolvlm_fms/engine/kernels/csrc/*)
+SOURCES := pyproject.toml constraints.txt setup.py \
+    $(wildcard src/smolvlm_fms/engine/kernels/csrc/* src/smolvlm_fms/processing/csrc/*)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
