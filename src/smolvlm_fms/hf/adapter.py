@@ -34,7 +34,7 @@ class FmsPreTrainedModel(PreTrainedModel):
 
     main_input_name = "input_ids"
     input_modalities: tuple[str, ...] = ("image", "text")
-    base_model_prefix = "fms"
+    base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = False
@@ -49,11 +49,14 @@ class FmsPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         # transformers decides the form of its masks by this field, which it sets for its own submodels only.
         config.get_text_config()._attn_implementation = "sdpa"
-        self.fms = new_model(config.to_dict()) if fms_model is None else fms_model
+        self._adopt(new_model(config.to_dict()) if fms_model is None else fms_model)
         self.vocab_size = self.text.config.vocab_size
         if self.fms.config.tie_word_embeddings:
-            self._tied_weights_keys = _tied_keys()
+            self._tied_weights_keys = _tied_keys(next(n for n, m in self.named_modules() if m is self.text))
         self.post_init()
+
+    def _adopt(self, fms_model: nn.Module) -> None:
+        self.fms = fms_model
 
     @property
     def text(self) -> Any:
@@ -260,6 +263,15 @@ class FmsForConditionalGeneration(FmsPreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.generation_config = GenerationConfig.from_model_config(config)
 
+    def _adopt(self, fms_model: nn.Module) -> None:
+        # Trainers that compute the head themselves run ``base_model``; it must return hidden states as transformers'.
+        self.model = FmsModel(self.config, fms_model)
+
+    @property
+    def fms(self) -> Any:
+        """The FMS module: SmolVLM or LlavaNext."""
+        return self.model.fms
+
     def get_output_embeddings(self) -> nn.Module:
         head: nn.Module = self.text.head
         return head
@@ -346,10 +358,10 @@ def new_model(values: dict[str, Any]) -> Any:
     return model
 
 
-def _tied_keys() -> Any:
-    """Which parameters share a tensor, in the form of the transformers at hand (5: a mapping, 4: a list)."""
-    head, embedding = "fms.text_model.head.weight", "fms.text_model.base_model.embedding.weight"
-    return {head: embedding} if isinstance(PreTrainedModel._tied_weights_keys, dict) or _is_v5() else [head]
+def _tied_keys(text: str) -> Any:
+    """Which parameters of the module ``text`` share a tensor, as the transformers at hand wants it (4: a list)."""
+    head, embedding = f"{text}.head.weight", f"{text}.base_model.embedding.weight"
+    return {head: embedding} if _is_v5() else [head]
 
 
 def _is_v5() -> bool:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from smolvlm_fms.bundle import folder_of
-from smolvlm_fms.errors import CheckpointError
+from smolvlm_fms.errors import CheckpointError, MissingDependencyError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 
 __all__ = ["Check", "verify"]
@@ -46,8 +46,14 @@ def verify(model: str | Path, new_tokens: int = 24) -> dict[str, Any]:
 
     Returns ``{"ok", "model", "checks": [{"name", "max_abs", "agree", "ok"}], "versions"}``; see :class:`Check`.
     """
+    import transformers
     from transformers import AutoModelForImageTextToText
 
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise MissingDependencyError(
+            f"verify compares in fp32 and needs transformers 5; {transformers.__version__} is here. It gives "
+            "full tiles wrong position ids in fp32, so a difference from it would say nothing."
+        )
     folder = resolve_folder(folder_of(model))
     theirs = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     # transformers' LLaVA-Next leaves Granite's division of the logits out; the comparison is of everything else.
