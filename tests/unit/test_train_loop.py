@@ -11,6 +11,9 @@ import torch
 
 from smolvlm_fms.errors import ConfigurationError, TrainingError
 from smolvlm_fms.training import Evaluator, SampleBatches, TrainConfig, Trainer
+from smolvlm_fms.training.config import OptimConfig
+from smolvlm_fms.training.loss import token_loss
+from smolvlm_fms.training.optimizer import rate_at
 from tests.unit.training_helpers import PAD, STOP, Colours, read_lines, tiny_model
 
 
@@ -204,3 +207,32 @@ def test_yaml_and_overrides(tmp_path: Path) -> None:
     assert TrainConfig.load(file) == config
     with pytest.raises(ConfigurationError, match="key=value"):
         TrainConfig.load(file, ["steps"])
+
+
+def test_recomputing_activations_changes_nothing_but_memory(tmp_path: Path) -> None:
+    for name, on in (("kept", False), ("recomputed", True)):
+        config = config_for(tmp_path / name, steps=3, activation_checkpointing=on)
+        Trainer(config, tiny_model(), batches()).run()
+    assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
+
+
+def test_z_loss_pulls_log_z_to_zero_and_stays_out_of_the_logged_loss() -> None:
+    logits = torch.randn(6, 9) + 5
+    targets = torch.arange(6)
+    total, entropy = token_loss(logits, targets, z_loss=0.1)
+    log_z = torch.log(torch.exp(logits).sum(-1))
+    assert entropy.item() == pytest.approx((log_z - logits[range(6), targets]).sum().item(), rel=1e-5)
+    assert (total - entropy).item() == pytest.approx(0.1 * (log_z**2).sum().item(), rel=1e-4)
+
+
+def test_schedules_rise_and_fall_where_they_should() -> None:
+    def rates(**changes: Any) -> list[float]:
+        optim = OptimConfig(**changes)
+        return [rate_at(step, 100, optim) for step in range(1, 101)]
+
+    cosine = rates(schedule="cosine", warmup=10)
+    assert cosine[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11]) and max(cosine) < 1.001
+    assert cosine[-1] < 0.001 and cosine[54] == pytest.approx(0.5, abs=0.02)
+    wsd = rates(schedule="wsd", warmup=0.1, decay=0.2, min_lr=0.1)
+    assert wsd[10:79] == [1.0] * 69 and wsd[90] == pytest.approx(0.1 + 0.9 * 0.48, abs=0.02) and 0.1 < wsd[-1] < 0.16
+    assert rates(schedule="constant", warmup=0) == [1.0] * 100

@@ -123,15 +123,14 @@ class DataConfig(_Strict):
 class LoraConfig(_Strict):
     """Low-rank adapters (arXiv 2106.09685) by peft, in place of training the weights themselves.
 
-    targets: names of linear layers that get one, as regular expressions over our modules' names; None means every
-    linear layer of the text backbone. Parts named in ``parts`` are trained in full beside them (the connector, say).
+    targets: a regular expression over our modules' names; the linear layers that it matches get one. None means every
+    linear layer of the text backbone.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | None = None
-    parts: list[Literal["tower", "connector"]] = Field(default_factory=list)
 
 
 class ParallelConfig(_Strict):

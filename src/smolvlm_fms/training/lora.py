@@ -20,7 +20,6 @@ from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.register import architecture_of
 from smolvlm_fms.fms_bridge.saving import save_pretrained
 from smolvlm_fms.training.config import LoraConfig
-from smolvlm_fms.training.optimizer import part_of
 
 __all__ = ["add_adapters", "fold_adapters", "merge_adapter", "save_adapter"]
 
@@ -31,7 +30,7 @@ PREFIX = "base_model.model."
 
 
 def add_adapters(model: nn.Module, config: LoraConfig) -> None:
-    """Wrap the chosen linears in adapters, which are then all that is trained, besides ``config.parts``."""
+    """Wrap the chosen linears in adapters, which are then all that is trained."""
     peft = _peft()
     targets = config.targets or TEXT_LINEARS
     settings = peft.LoraConfig(
@@ -41,9 +40,6 @@ def add_adapters(model: nn.Module, config: LoraConfig) -> None:
         peft.inject_adapter_in_model(settings, model, adapter_name=NAME)
     except ValueError as error:
         raise ConfigurationError(f"lora.targets {targets!r} matches no linear layer of the model: {error}") from error
-    for name, parameter in model.named_parameters():
-        if part_of(name) in config.parts and "lora_" not in name:
-            parameter.requires_grad_(True)
 
 
 def save_adapter(model: nn.Module, config: LoraConfig, folder: Path, base: str) -> None:

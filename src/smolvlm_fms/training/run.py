@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from smolvlm_fms.bundle import folder_of
 from smolvlm_fms.errors import ConfigurationError, TrainingError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 from smolvlm_fms.fms_bridge.saving import save_pretrained
@@ -56,7 +57,7 @@ def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, R
     if config.model is None:
         raise ConfigurationError("model is missing; name the checkpoint folder (or hub id) to start from.")
     check_unchanged(config)
-    folder = resolve_folder(config.model)
+    folder = resolve_folder(folder_of(config.model))
     changes: dict[str, Any] = {"fused_weights": False} if config.lora else {}
     model = load_model(folder, dtype=torch.float32, **changes)
     if config.lora is not None:
