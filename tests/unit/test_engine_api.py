@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -326,3 +328,13 @@ def test_digests_are_of_content(tmp_path: Path) -> None:
     assert content_digest(array, "low") != content_digest(array, "high")
     assert content_digest([array, array]) != content_digest([array])
     assert content_digest(buffer) != content_digest(buffer), "an open file is never taken for another one"
+
+
+def test_loading_imports_neither_a_compiler_nor_transformers(folder: Path) -> None:
+    code = (
+        "import sys, smolvlm_fms as sv\n"
+        f"sv.load({str(folder)!r}, dtype='bfloat16').ask(None, 'Hello', max_tokens=2)\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'transformers', 'torchvision'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

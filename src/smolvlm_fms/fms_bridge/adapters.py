@@ -326,6 +326,13 @@ def to_hf(family: Family, state: StateDict, config: Any) -> dict[str, Tensor]:
     return result
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The parts, one below the other. torch.cat of tensors without memory would import half of torch's compiler."""
+    if parts[0].is_meta:
+        return parts[0].new_empty(sum(len(part) for part in parts), *parts[0].shape[1:])
+    return torch.cat(parts)
+
+
 def fuse(state: StateDict) -> dict[str, Tensor]:
     """Join the linears that FMS fuses, where all of them are there."""
     result = dict(state)
@@ -336,7 +343,7 @@ def fuse(state: StateDict) -> dict[str, Tensor]:
             if found and leaf in GPTQ_LEAVES:
                 raise CheckpointError(f"{name}: GPTQ linears cannot be fused; pass fused_weights=False.")
             if found and all(n in result for n in names):
-                result[f"{stem}.{whole}.{leaf}"] = torch.cat([result.pop(n) for n in names])
+                result[f"{stem}.{whole}.{leaf}"] = _joined([result.pop(n) for n in names])
     return result
 
 

@@ -75,7 +75,9 @@ class TextBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Uninitialised, see SiglipEmbeddings.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.embedding_only = embedding_only
         if embedding_only:
             return

@@ -53,7 +53,9 @@ class SiglipEmbeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.position_embedding = nn.Embedding(config.patches_per_side**2, config.hidden_size)
+        # nn.Embedding(…) would draw normal numbers; for a model without memory that imports half of torch's compiler.
+        table = torch.empty(config.patches_per_side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
 
     def forward(self, pixels_NCHW: Tensor, patch_mask_NHW: Tensor | None) -> Tensor:
         hidden_NPD: Tensor = self.patch_embedding(pixels_NCHW).flatten(2).transpose(1, 2)
