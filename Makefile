@@ -48,7 +48,8 @@ $(DEV): $(VENV)/bin/pip $(SOURCES)
 	@touch $@ $(CORE)
 
 .peers/transformers-4: | $(DEV)
-	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.6' 'huggingface_hub==0.36.2' 'tokenizers==0.22.2'
+	$(BIN)/pip install --quiet --no-deps --target $@ 'transformers==4.57.6' 'huggingface_hub==0.36.2' \
+	    'tokenizers==0.22.2' 'datasets==4.4.1'
 
 .peers/torchvision: | $(DEV)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'torchvision==0.28.0'

@@ -31,7 +31,7 @@ def samples(folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]) for name in samples[0]}
 
 
 def losses(trainer_class: Any, arguments_class: Any, model: Any, samples: Any, folder: Path, **options: Any) -> Any:
@@ -112,8 +112,11 @@ def test_trl(folder: Path, samples: Any, tmp_path: Path) -> None:
     from tests.tiny import build_tokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(build_tokenizer(tmp_path / "tokenizer"))
-    rows = Dataset.from_list([{n: v.tolist() for n, v in sample.items()} for sample in samples]).with_format("torch")
-    options = {"processing_class": tokenizer, "arguments": {"dataset_kwargs": {"skip_prepare_dataset": True}}}
+    rows = Dataset.from_list([{n: v.tolist() for n, v in sample.items()} for sample in samples])
+    options = {
+        "processing_class": tokenizer,
+        "arguments": {"dataset_kwargs": {"skip_prepare_dataset": True}, "bf16": False},
+    }
     models = (to_hf_api(load_model(folder)).train(), load_peer(folder).train())
     ours, theirs = (
         losses(SFTTrainer, SFTConfig, model, rows, tmp_path, **{**options, "arguments": dict(options["arguments"])})

@@ -143,11 +143,12 @@ class FmsPreTrainedModel(PreTrainedModel):
             attn_name=HF_ATTENTION,
             mask=mask,
             is_causal_mask=mask is None and length > 1,
+            cache_position=torch.arange(past, past + length, device=embeddings_BTD.device),
             **({"record_weights": weights} if record else {}),
         )
         return hidden, states, weights
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache to write to: the caller's, a new one where caching is on, or none."""
         use_cache = self.config.get_text_config().use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not self.training:
@@ -217,7 +218,7 @@ class FmsModel(FmsPreTrainedModel):
         embeddings, features = self._encode(
             input_ids, inputs_embeds, pixel_values, pixel_attention_mask, image_hidden_states, image_sizes
         )
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache_for(past_key_values, use_cache)
         hidden, states, weights = self._run_text(
             embeddings, attention_mask, position_ids, cache, bool(output_attentions)
         )
@@ -302,7 +303,7 @@ class FmsForConditionalGeneration(FmsPreTrainedModel, GenerationMixin):
         embeddings, features = self._encode(
             input_ids, inputs_embeds, pixel_values, pixel_attention_mask, image_hidden_states, image_sizes
         )
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache_for(past_key_values, use_cache)
         hidden, states, weights = self._run_text(
             embeddings, attention_mask, position_ids, cache, bool(output_attentions)
         )

@@ -18,6 +18,8 @@ __all__ = ["HF_ATTENTION", "causal_mask"]
 HF_ATTENTION = "smolvlm_transformers"
 """Attention over a transformers ``Cache``: each layer's state is the pair (cache or None, layer index)."""
 
+# A static cache of transformers 4 is told where to write; one of 5 counts by itself.
+_TOLD_WHERE = "cache_kwargs" in inspect.signature(Cache.update).parameters
 _MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
 
 
@@ -42,10 +44,12 @@ def causal_mask(
 
 
 def _store(
-    key_BTHD: Tensor, value_BTHD: Tensor, cache: Cache | None, layer: int, **_: Any
+    key_BTHD: Tensor, value_BTHD: Tensor, cache: Cache | None, layer: int, **kwargs: Any
 ) -> tuple[Tensor, Tensor, Cache | None, int]:
     key, value = key_BTHD.transpose(1, 2), value_BTHD.transpose(1, 2)
-    if cache is not None:
+    if cache is not None and _TOLD_WHERE:
+        key, value = cache.update(key, value, layer, {"cache_position": kwargs["cache_position"]})
+    elif cache is not None:
         key, value = cache.update(key, value, layer)
     return key, value, cache, layer
 

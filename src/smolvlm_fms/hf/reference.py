@@ -18,13 +18,15 @@ def reference_processor(folder: Path) -> Any:
     of pictures is Idefics3's, which can.
     """
     try:
-        return AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
     except (ImportError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         pictures = AutoImageProcessor.from_pretrained(folder)
-        return Idefics3Processor(
-            pictures, tokenizer, image_seq_len=_image_seq_len(folder), chat_template=_template(folder)
-        )
+        template = _template(folder)
+        processor = Idefics3Processor(pictures, tokenizer, image_seq_len=_image_seq_len(folder), chat_template=template)
+    # Without this field in the checkpoint, transformers 4 makes token_type_ids that the model does not take.
+    processor.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return processor
 
 
 def _image_seq_len(folder: Path) -> int:
