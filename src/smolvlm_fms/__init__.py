@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         CapacityError,
         CheckpointError,
         ConfigurationError,
+        DocumentError,
         FetchError,
         ImageError,
         InputError,
@@ -55,6 +56,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigurationError",
+    "DocumentError",
     "EngineConfig",
     "FetchError",
     "GenerationOptions",
@@ -96,7 +98,7 @@ _HOMES = {
     "engine.api": "VLM Stream load",
     "engine.config": "EngineConfig",
     "engine.options": "GenerationOptions",
-    "errors": "CapacityError CheckpointError ConfigurationError FetchError ImageError InputError "
+    "errors": "CapacityError CheckpointError ConfigurationError DocumentError FetchError ImageError InputError "
     "MissingDependencyError PromptError SmolVLMError TokenCountError TrainingError UnsafeCheckpointError VideoError",
     "model.llava_next": "LlavaNext",
     "model.multi_patch": "MultiPatchVisionProcessor create_multi_patch_processor",

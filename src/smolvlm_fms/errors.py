@@ -7,6 +7,7 @@
     ├── InputError (ValueError)              what the caller passed cannot be used
     │   ├── ImageError                       a picture that cannot be read, is damaged, too large or ambiguous
     │   ├── VideoError                       the same for a video
+    │   ├── DocumentError                    the same for a document of pages (PDF, TIFF), or for one of its pages
     │   ├── PromptError                      messages, templates or placeholders that do not fit together
     │   └── TokenCountError                  image features and <image> placeholders differ in number
     ├── FetchError (OSError)                 a file, URL or hub model that could not be fetched
@@ -24,6 +25,7 @@ __all__ = [
     "CapacityError",
     "CheckpointError",
     "ConfigurationError",
+    "DocumentError",
     "FetchError",
     "ImageError",
     "InputError",
@@ -63,6 +65,10 @@ class ImageError(InputError):
 
 class VideoError(InputError):
     """A video that cannot be decoded, is damaged, or has no frames."""
+
+
+class DocumentError(InputError):
+    """A document that cannot be read, is encrypted, damaged or has no pages, or a page of it that cannot be drawn."""
 
 
 class PromptError(InputError):

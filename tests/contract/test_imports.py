@@ -16,9 +16,10 @@ LEAVES = {"bundle", "errors", "types", "config", "config_llava"}
 # Room -> rooms (or rooms' modules) it may import besides the leaves and itself.
 LAW = {
     # inspect draws tile grids without an engine; verify and convert work on checkpoints, not through the engine.
-    "cli": {"server", "engine", "training", "scale", "processing", "hf", "fms_bridge"},
+    "cli": {"server", "engine", "training", "scale", "processing", "hf", "fms_bridge", "documents"},
     "server": {"engine"},
     "scale": {"engine", "server"},
+    "documents": {"engine", "processing"},
     # The packed CPU path computes what the modules compute, from their weights, and shares their arithmetic.
     "engine": {"model", "modules", "processing", "fms_bridge.loading"},
     # Training writes checkpoints, and adapters in the checkpoint's own names.
