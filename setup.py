@@ -21,7 +21,7 @@ PIXEL_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextr
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip this one.
 COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX2_FLAGS = ["-mavx2", "-mfma"]
 AVX512_FLAGS = [*AVX2_FLAGS, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni"))]
 
 

@@ -193,9 +193,20 @@ def _open() -> ctypes.CDLL | None:
     return library
 
 
-def available() -> bool:
+@cache
+def _best_isa() -> str:
+    return isa()
+
+
+def built() -> bool:
     """Whether the compiled kernels are there. ``SMOLVLM_KERNELS`` names another library, or a missing one: none."""
     return _open() is not None
+
+
+def available() -> bool:
+    """Whether there are compiled kernels that are worth using: on a machine where only the portable ones run, torch's
+    own operators are quicker."""
+    return built() and _best_isa() != "portable"
 
 
 def library() -> ctypes.CDLL:
@@ -221,7 +232,7 @@ def use_isa(name: str) -> Iterator[None]:
 
     Raises: ConfigurationError where this machine cannot run it.
     """
-    before = isa()
+    before, _ = isa(), _best_isa()
     if library().svk_set_isa(name.encode()) != OK:
         raise ConfigurationError(f"this machine cannot run the {name!r} kernels; it runs {before!r}")
     try:

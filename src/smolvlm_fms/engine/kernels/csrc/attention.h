@@ -81,12 +81,13 @@ SVK_INLINE float softmax_row(const float* scores, u16* weights, long count, long
   vf scale = splat(scale2), shift = splat(-largest * scale2), sum0 = zero(), sum1 = zero();
   long whole = lmax(0, lmin(visible, count)) / 32 * 32;
   for (long t = 0; t < whole; t += 32) {
-    vf a = exp2_of(fmadd(load(scores + t), scale, shift)), b = exp2_of(fmadd(load(scores + t + 16), scale, shift));
+    vf a = exp2_of_weight(fmadd(load(scores + t), scale, shift));
+    vf b = exp2_of_weight(fmadd(load(scores + t + 16), scale, shift));
     sum0 = add(sum0, a), sum1 = add(sum1, b);
-    store_bf16(weights + t, a), store_bf16(weights + t + 16, b);
+    store_bf16_two(weights + t, a, b);
   }
   for (long t = whole; t < count; t += 16) {
-    vf a = keep_first(exp2_of(fmadd(load(scores + t), scale, shift)), visible - t, zero());
+    vf a = keep_first(exp2_of_weight(fmadd(load(scores + t), scale, shift)), visible - t, zero());
     sum0 = add(sum0, a);
     store_bf16(weights + t, a);
   }

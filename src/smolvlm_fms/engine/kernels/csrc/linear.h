@@ -53,9 +53,32 @@ template <int BITS> SVK_INLINE void load_group(const u32* w, int quad_pair, Quad
   }
 }
 
+// The next panel, fetched into the second-level cache while the one at hand is computed: with few columns a pass, the
+// hardware does not see that the whole panel is read. (It does for bf16, and such help is a hindrance there.)
+struct Ahead {
+  const char *at, *end;
+
+  template <int BITS> static Ahead of(const svk_weights& w, long p) {
+    const long bytes = PANEL * w.k * BITS / 8;
+    const char* next = (const char*)w.packed + (p + 1) * bytes;
+    if (bytes > 400 * 1024 || (p + 1) * PANEL >= w.n) return {next - 256, next - 256};
+    return {next, next + bytes - 256};
+  }
+
+  // At the end the last lines are asked for again and again, which costs less than a branch.
+  template <int BITS, int ROWS> void step() {
+    constexpr int lines = ROWS <= 2 ? 4 : BITS == 8 ? 2 : 0;  // with more rows the arithmetic takes longer
+    if (!lines) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < lines; i++) prefetch_far(at + i * 64);
+    at += at < end ? lines * 64 : 0;
+  }
+};
+
 // Weights in groups of 32 with 16-bit activations: per group an exact integer sum, scaled into the fp32 total.
 template <int BITS, int M, int N>
-SVK_INLINE void group_columns(const svk_weights& w, long p, const Rows& rows, long m0, int first, float* sums) {
+SVK_INLINE void group_columns(const svk_weights& w, long p, const Rows& rows, long m0, int first, float* sums,
+                              Ahead& ahead) {
   constexpr long words = BITS == 8 ? 8 : 4;  // of a group, for one column
   constexpr int offset = BITS == 8 ? 128 : 8;
   const long groups = w.k / GROUP;
@@ -73,7 +96,7 @@ SVK_INLINE void group_columns(const svk_weights& w, long p, const Rows& rows, lo
     }
 #pragma GCC unroll 4
     for (int pair = 0; pair < 4; pair++) {
-      prefetch(w_group + 24 * 64 * PANEL / 16 + pair * (words / 4) * PANEL);
+      ahead.step<BITS, M>();
       QuadCols cols[N][2];
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) load_group<BITS>(w_group + n * 16, pair, cols[n]);
@@ -106,22 +129,23 @@ SVK_INLINE void group_columns(const svk_weights& w, long p, const Rows& rows, lo
 
 template <int BITS, int M>
 static void panel_groups(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
+  Ahead ahead = Ahead::of<BITS>(w, p);
   constexpr int N = TILE_VECS < 4 ? 1 : M == 1 ? 4 : M == 2 ? 2 : 1;
   int at = first;
-  for (; at + N <= first + count; at += N) group_columns<BITS, M, N>(w, p, rows, m0, at, sums);
-  for (; at < first + count; at++) group_columns<BITS, M, 1>(w, p, rows, m0, at, sums);
+  for (; at + N <= first + count; at += N) group_columns<BITS, M, N>(w, p, rows, m0, at, sums, ahead);
+  for (; at < first + count; at++) group_columns<BITS, M, 1>(w, p, rows, m0, at, sums, ahead);
 }
 
 template <int M>
 SVK_INLINE void panel_any(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
-  switch (w.kind) {
-    case SVK_BF16: {
-      const u32* panel = (const u32*)w.packed + p * PANEL * (w.k / 2);
-      return panel_bf16<M>(panel, w.k, rows.bf16 + m0 * rows.stride, rows.stride, first, count, sums);
-    }
-    case SVK_INT8_CHANNEL: return panel_int8<M>(w, p, rows, m0, first, count, sums);
-    case SVK_INT8_GROUPS: if constexpr (M <= GROUP_ROWS) panel_groups<8, M>(w, p, rows, m0, first, count, sums); return;
-    case SVK_INT4_GROUPS: if constexpr (M <= GROUP_ROWS) panel_groups<4, M>(w, p, rows, m0, first, count, sums); return;
+  if (w.kind == SVK_BF16) {
+    const u16* a = rows.bf16 + m0 * rows.stride;
+    panel_bf16<M>((const u32*)w.packed + p * PANEL * (w.k / 2), w.k, a, rows.stride, first, count, sums);
+  } else if (w.kind == SVK_INT8_CHANNEL) {
+    panel_int8<M>(w, p, rows, m0, first, count, sums);
+  } else if constexpr (M <= GROUP_ROWS) {
+    if (w.kind == SVK_INT8_GROUPS) panel_groups<8, M>(w, p, rows, m0, first, count, sums);
+    if (w.kind == SVK_INT4_GROUPS) panel_groups<4, M>(w, p, rows, m0, first, count, sums);
   }
 }
 
@@ -167,7 +191,7 @@ struct Epilogue {
 
 // Rows [begin, end) times 16-wide columns [first, first + count) of panel p.
 static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
-                           const Epilogue& e) {
+                       const Epilogue& e) {
   const int step = rows_per_tile(w.kind);
   for (long m = rows.begin; m < rows.end; m += step) {
     int live = (int)lmin(step, rows.end - m);
@@ -208,7 +232,7 @@ template <int BITS> static void dequantize_panel(const svk_weights& w, long p, u
 }
 
 // From this many rows on, group-quantised weights are widened to bf16 a panel at a time.
-constexpr long WIDEN_FROM_ROWS = 12;
+constexpr long WIDEN_FROM_ROWS = 32;
 
 // The form in which activations go to a linear: what its weights multiply, or bf16 when these are widened.
 SVK_INLINE int64_t row_kind(const svk_weights& w, long rows) {

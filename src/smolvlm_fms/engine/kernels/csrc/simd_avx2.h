@@ -125,6 +125,7 @@ SVK_INLINE void store_bf16(uint16_t* p, vf x) {
   __m256i low = _mm256_srli_epi32(round_upper_half(x.a), 16), high = _mm256_srli_epi32(round_upper_half(x.b), 16);
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(low, high), 0xd8));
 }
+SVK_INLINE void store_bf16_two(uint16_t* p, vf first, vf second) { store_bf16(p, first), store_bf16(p + 16, second); }
 SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) {
   uint16_t full[16];
   store_bf16(full, x);
@@ -169,7 +170,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
   return {_mm256_add_epi32(acc.a, low), _mm256_add_epi32(acc.b, high)};
 }
 
-SVK_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 
 }  // namespace SVK_ISA

@@ -61,6 +61,9 @@ SVK_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi
 SVK_INLINE vf load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 SVK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+SVK_INLINE void store_bf16_two(uint16_t* p, vf first, vf second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
 SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) {
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x));
 }
@@ -83,7 +86,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
   return acc;
 }
 
-SVK_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 
 }  // namespace SVK_ISA

@@ -82,6 +82,7 @@ SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) {
   return r;
 }
 SVK_INLINE void store_bf16(uint16_t* p, vf x) { SVK_LANES p[i] = round_bf16(x.v[i]); }
+SVK_INLINE void store_bf16_two(uint16_t* p, vf first, vf second) { store_bf16(p, first), store_bf16(p + 16, second); }
 SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) { SVK_LANES if (i < n) p[i] = round_bf16(x.v[i]); }
 SVK_INLINE vi pack_pairs(vf even, vf odd) {
   vi r;
@@ -113,7 +114,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
   return acc;
 }
 
-SVK_INLINE void prefetch(const void*) {}
+SVK_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 #if defined(__x86_64__)
 SVK_INLINE void pause_core() { __builtin_ia32_pause(); }
 #elif defined(__aarch64__)

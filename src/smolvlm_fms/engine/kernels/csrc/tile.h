@@ -40,7 +40,7 @@ SVK_INLINE void tile_int8(const int8_t* a, long a_stride, const u32* b, long qua
   }
 }
 
-// Calls f(M, N) with both as compile-time constants: f is a generic lambda on std::integral_constant-like tags.
+// Calls f with a number as a compile-time constant.
 template <int V> struct Const { static constexpr int value = V; };
 
 template <int MAX, class F> SVK_INLINE void with_rows(int m, F&& f) {
