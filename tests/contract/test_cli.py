@@ -13,8 +13,8 @@ from PIL import Image
 SMOLVLM = [sys.executable, "-c", "from smolvlm_fms.cli import main; main()"]
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*SMOLVLM, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+def run(*arguments: str | Path, typed: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*SMOLVLM, *map(str, arguments)], input=typed, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,32 @@ def test_ask_streams_the_same_text(photo: Path) -> None:
     assert streamed.stdout.rstrip("\n") == json.loads(whole.stdout)["text"].rstrip("\n")
 
 
+def test_chat_keeps_the_conversation(photo: Path) -> None:
+    done = run(
+        "chat", photo, "--max-tokens", "6", typed="What is this?\nAnd the colour?\n/image no.png\nWell?\n/quit\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") >= 2
+    assert "no.png" in done.stderr  # reported; the conversation went on to its end
+
+
+def test_batch_answers_in_order_and_goes_on_where_it_stopped(photo: Path, tmp_path: Path) -> None:
+    questions, answers = tmp_path / "questions.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"images": [str(photo)], "question": q} for q in ("What is this?", "What colour?")]
+    lines.insert(1, {"images": ["missing.png"], "question": "What is this?"})
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("batch", questions, "-o", answers, "--max-tokens", "6")
+    assert done.returncode == 3, done.stderr
+    results = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert ["error" in result for result in results] == [False, True, False]
+    alone = run("ask", photo, "What colour?", "--json", "--max-tokens", "6")
+    assert results[2]["text"] == json.loads(alone.stdout)["text"]
+    answers.write_text(answers.read_text().splitlines(keepends=True)[0] + '{"text": "cut')
+    assert run("batch", questions, "-o", answers, "--max-tokens", "6").returncode == 3
+    again = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [r.get("text") for r in again] == [r.get("text") for r in results]
+
+
 def test_inspect_prints_the_promised_object_and_the_grid(photo: Path, tmp_path: Path) -> None:
     done = run("inspect", photo, "--json", "--save", tmp_path / "grid.png")
     assert done.returncode == 0, done.stderr
@@ -53,7 +79,8 @@ def test_inspect_prints_the_promised_object_and_the_grid(photo: Path, tmp_path: 
     assert set(report["tiles"]) == {"rows", "cols", "count"}
     assert report["image_tokens"] == report["tiles"]["count"] * report["tokens_per_tile"]
     assert report["prompt"].count("<image>") == report["image_tokens"]
-    assert list(Image.open(tmp_path / "grid.png").size) == report["resized"]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert list(grid.size) == report["resized"]
 
 
 @pytest.mark.parametrize(

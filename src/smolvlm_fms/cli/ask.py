@@ -10,6 +10,18 @@ from typing import Any
 
 import typer
 
+from smolvlm_fms.cli.options import (
+    Detail,
+    Device,
+    Dtype,
+    Json,
+    MaxTokens,
+    Model,
+    Quantize,
+    Temperature,
+    Threads,
+    load,
+)
 from smolvlm_fms.errors import InputError
 
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg"}
@@ -24,29 +36,29 @@ def ask(
     inputs: list[str] = typer.Argument(
         ..., metavar="[IMAGE…] QUESTION", help="Pictures or videos (path, URL, data: URI), then the question."
     ),
-    model: str = typer.Option("demo", "--model", "-m", help="A checkpoint folder, a hub id, or 'demo' (bundled)."),
-    detail: str = typer.Option("high", help="high: the checkpoint's own rule; auto: fewer tiles; low: one."),
+    model: Model = "demo",
+    detail: Detail = "high",
     system: str | None = typer.Option(None, help="A system message before the question."),
-    max_tokens: int = typer.Option(512, help="Longest answer, in tokens."),
-    temperature: float = typer.Option(0.0, help="0 takes the likeliest token each time."),
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
     top_k: int = typer.Option(0, help="Choose among that many tokens (0: all)."),
     top_p: float = typer.Option(1.0, help="Choose among the likeliest tokens of that total probability."),
     min_p: float = typer.Option(0.0, help="Leave out tokens below that share of the likeliest one's probability."),
     repetition_penalty: float = typer.Option(1.0, help="Above 1 makes tokens already there less likely."),
     seed: int | None = typer.Option(None, help="The same seed gives the same answer."),
     stop: list[str] = typer.Option([], help="End the answer before this text (may be given several times)."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; by default the checkpoint's."),
-    device: str = typer.Option("cpu", help="cpu or cuda."),
-    threads: int | None = typer.Option(None, help="CPU threads."),
-    quantize: str | None = typer.Option(None, help="int8 or int4 weights."),
-    json: bool = typer.Option(False, "--json", help="One JSON object on standard output instead of streamed text."),
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quantize: Quantize = None,
+    json: Json = False,
 ) -> None:
     *media, question = inputs
     if not question.strip() or (not media and Path(question).is_file()):
         raise InputError(
             f"The last argument is the question; {question!r} came. Write: smolvlm ask photo.jpg 'What is this?'"
         )
-    vlm = _load(model, dtype, device, threads, quantize)
+    vlm = load(model, dtype, device, threads, quantize)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -58,7 +70,7 @@ def ask(
         "stop": tuple(stop),
         "detail": detail,
     }
-    messages = _messages(media, question, system)
+    messages = conversation(media, question, system)
     if json:
         typer.echo(jsonlib.dumps(report(vlm.chat(messages, **options)), ensure_ascii=False))
         return
@@ -74,7 +86,8 @@ def report(answer: Any) -> dict[str, Any]:
     return {name: fields[name] for name in ("text", "finish_reason", "usage", "timings", "model")}
 
 
-def _messages(media: list[str], question: str, system: str | None) -> list[dict[str, Any]]:
+def conversation(media: list[str], question: str, system: str | None = None) -> list[dict[str, Any]]:
+    """Messages in the chat format: pictures and videos first, then the text."""
     parts: list[dict[str, Any]] = []
     for item in media:
         kind = "video" if Path(item).suffix.lower() in VIDEO_SUFFIXES else "image"
@@ -83,20 +96,3 @@ def _messages(media: list[str], question: str, system: str | None) -> list[dict[
     parts.append({"type": "text", "text": question})
     before = [{"role": "system", "content": [{"type": "text", "text": system}]}] if system else []
     return [*before, {"role": "user", "content": parts}]
-
-
-def _load(model: str, dtype: str | None, device: str, threads: int | None, quantize: str | None) -> Any:
-    """Load with a spinner on standard error where a person watches; pipes and logs see nothing of it."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        return _load_quietly(model, dtype, device, threads, quantize)
-    with console.status(f"loading {model} …"):
-        return _load_quietly(model, dtype, device, threads, quantize)
-
-
-def _load_quietly(model: str, dtype: str | None, device: str, threads: int | None, quantize: str | None) -> Any:
-    import smolvlm_fms as sv
-
-    return sv.load(model, dtype=dtype, device=device, threads=threads, quantize=quantize)

@@ -11,17 +11,17 @@ import os
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smolvlm_fms.engine.byte_cache import ByteCache
 from smolvlm_fms.engine.sequence import Picture
-from smolvlm_fms.errors import PromptError, TokenCountError, VideoError
+from smolvlm_fms.errors import FetchError, ImageError, PromptError, TokenCountError, VideoError
 from smolvlm_fms.processing.chat import media_of
 from smolvlm_fms.processing.chat_template import normalise_conversations
 from smolvlm_fms.processing.prompt import check_counts, expand_placeholders
+from smolvlm_fms.processing.sources import read_file
 
 __all__ = ["Preparer", "Prompt", "content_digest"]
 
@@ -108,14 +108,21 @@ class Preparer:
         return Prompt(list(ids), pictures, len(places))
 
     def _image(self, source: Any, detail: str | None) -> _Tiles:
-        source = _content(source)
+        named, source = source, _content(source)
         tiled = hasattr(self.processor.image_processor, "detail")  # LLaVA-Next has one way to cut a picture
         options = {} if detail is None or (detail == "high" and not tiled) else {"detail": detail}
         key = content_digest(source, "image", detail, self.processor.image_processor)
-        return self._tiles(
-            key,
-            lambda: self._process(self.processor.tokens.image, images=[[source]], images_kwargs=options),
-        )
+
+        def process() -> Any:
+            try:
+                return self._process(self.processor.tokens.image, images=[[source]], images_kwargs=options)
+            except ImageError as error:
+                if source is named:
+                    raise
+                # The processor saw bytes; whoever asked gave a path.
+                raise ImageError(f"{named}: {error}") from error
+
+        return self._tiles(key, process)
 
     def _video(self, source: Any) -> _Tiles:
         """Files are sampled as the checkpoint says, frames taken as they are, as in ``apply_chat_template``."""
@@ -180,8 +187,8 @@ def _content(source: Any) -> Any:
         isinstance(source, str) and len(source) < LONGEST_PATH and "://" not in source[:8]
     ):
         try:
-            return Path(source).read_bytes()
-        except (OSError, ValueError):
+            return read_file(source)
+        except (FetchError, ImageError):
             return source  # base64, a data: URI, or a path whose error the image processor words
     return source
 

@@ -89,7 +89,7 @@ def load_image(
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _decode(_data_uri(source, max_bytes), max_pixels, "The data: URI")
     if isinstance(source, str | os.PathLike):
-        return _decode(_read_path(source, max_bytes), max_pixels, _shorten(os.fspath(source)))
+        return _decode(read_file(source, max_bytes), max_pixels, _shorten(os.fspath(source)))
     if hasattr(source, "read"):
         return _decode(_read_stream(source, max_bytes), max_pixels, "The open file")
     raise ImageError(
@@ -230,7 +230,11 @@ def _base64(text: str) -> bytes:
         raise ImageError(f"The base64 text is damaged: {error}") from error
 
 
-def _read_path(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read_file(path: str | os.PathLike[str], max_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file, or of bare base64 text; only of a regular file, so that nothing hangs.
+
+    Raises FetchError where there is no such file, ImageError where it is larger than ``max_bytes``.
+    """
     text = os.fspath(path)
     try:
         file = Path(text)
