@@ -4,7 +4,7 @@ Each module in ``COMMANDS`` has ``register(app)``. A command imports what is slo
 ``smolvlm --help`` answers at once.
 
 Exit codes: 0 done, 1 one of our own errors (one line on standard error), 2 wrong usage, 3 partly done
-(some of ``convert-document``'s pages failed), 130 interrupted.
+(some of ``batch``'s questions or ``convert-document``'s pages failed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from smolvlm_fms.errors import SmolVLMError
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("ask", "inspect", "verify", "demo", "train", "convert_document")
+COMMANDS = ("ask", "chat", "batch", "inspect", "verify", "demo", "train", "convert_document")
 
 app = typer.Typer(
     name="smolvlm",

@@ -22,7 +22,9 @@ def demo(json: bool = typer.Option(False, "--json", help="One JSON object on sta
     questions = jsonlib.loads((pictures / "questions.json").read_text(encoding="utf-8"))
     vlm = sv.load("demo")
     if not json:
-        typer.echo(f"The bundled model, loaded in {time.perf_counter() - started:.1f} s. It never saw these pictures.\n")
+        typer.echo(
+            f"The bundled model, loaded in {time.perf_counter() - started:.1f} s. It never saw these pictures.\n"
+        )
     results = []
     for item in questions:
         answer = vlm.ask([pictures / name for name in item["images"]], item["question"], max_tokens=24)
