@@ -55,7 +55,7 @@ class Colours:
 
 
 def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint folder that ``load_model``, the processor and transformers read: tiles of 32 pixels, 4 tokens each."""
+    """A checkpoint folder that all our loaders and transformers read: tiles of 32 pixels, 4 tokens each."""
     build_processor_files(folder, longest_edge=64)
     ids = token_ids(folder)
     size = 4 * (max(ids.values()) // 4 + 1)

@@ -99,7 +99,7 @@ def pack_text(text: TextModel, kind: str = "bf16", head_kind: str = "bf16") -> N
         block.ff_sub_layer = PackedGLU(block.ff_sub_layer, kind)
     text.head = make_linear(text.head.weight, None, kind=head_kind)
     if text.tied:
-        text.base_model.embedding = PackedEmbedding(text.head)  # type: ignore[assignment]
+        text.base_model.embedding = PackedEmbedding(text.head)
 
 
 def _pack_attention(attention: MultiHeadAttention, kind: str) -> None:
