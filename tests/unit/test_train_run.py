@@ -76,7 +76,7 @@ def test_the_command_trains_and_leaves_a_checkpoint(tmp_path: Path, base: Path, 
     assert code == 0 and "Done after 20 steps" in out, err
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 21))
-    assert lines[0]["loss"] > 5 and lines[-1]["eval_loss"] < 2 and 0 < lines[0]["mfu"] < 1
+    assert lines[0]["loss"] > 5 and lines[-1]["eval_loss"] < lines[0]["loss"] - 3 and 0 < lines[0]["mfu"] < 1
     assert len(read_lines(run / "samples.jsonl")) == 3
     assert yaml.safe_load((run / "config.yaml").read_text())["optim"]["lr"] == 4e-3
     assert json.loads((run / "preflight.json").read_text())["sources"][0]["used"] == 24
