@@ -39,7 +39,7 @@ def kept_by_definition(logits: list[float], options: GenerationOptions) -> dict[
     total = sum(weights[i] for i in ranked)
     nucleus, mass = [], 0.0
     for i in ranked:
-        if nucleus and mass >= options.top_p:
+        if options.top_p < 1.0 and nucleus and mass >= options.top_p:
             break
         nucleus.append(i)
         mass += weights[i] / total

@@ -299,7 +299,8 @@ def _kv_tokens(model: Any, config: EngineConfig) -> int:
     if budget is None:
         context = min(model.config.text.max_position_embeddings, config.context_length or 2**60)
         wanted = max(512 * 2**20, (context + BLOCK) * per_token)
-        budget = min(wanted, available_memory() // 4)
+        free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else available_memory()
+        budget = min(wanted, free // 4)
     tokens = budget // per_token // BLOCK * BLOCK
     if tokens < BLOCK:
         raise CapacityError(
