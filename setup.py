@@ -78,9 +78,8 @@ class BuildKernels(build_ext):
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]
 
-    def copy_extensions_to_source(self) -> None:
-        if all(Path(self.get_ext_fullpath(ext.name)).exists() or self.inplace for ext in self.extensions):
-            super().copy_extensions_to_source()
+    def get_output_mapping(self) -> dict[str, str]:
+        return {built: place for built, place in super().get_output_mapping().items() if Path(built).exists()}
 
 
 setup(
@@ -90,6 +89,7 @@ setup(
             sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))],
             depends=[str(header) for header in sorted(SOURCES.glob("*.h"))],  # so that an sdist has them
             language="c++",
+            optional=True,
         ),
         Extension("smolvlm_fms.processing.libresample", sources=[str(PIXELS)], optional=True),
     ],
