@@ -49,7 +49,7 @@ class Writer:
 class Conversations:
     """Endless training samples; `dataset[i]` is drawn with seed i."""
 
-    def __init__(self, work: Path, most_turns: int = 5) -> None:
+    def __init__(self, work: Path, most_turns: int = 7) -> None:
         self.work, self.most_turns = work, most_turns
         self._ready: tuple[skills.World, Writer] | None = None
 
@@ -63,7 +63,7 @@ class Conversations:
         world, writer = self._ready
         made = skills.make(world, index)
         turns = made.turns
-        if random.Random(index).random() < 0.3:
+        if random.Random(index).random() < 0.2:
             turns = [turns[-1] if random.Random(index + 1).random() < 0.5 else turns[0]]
         ids, labels = writer.write(turns[: self.most_turns])
         pixels = torch.from_numpy(made.pixels).permute(2, 0, 1).contiguous()[None]

@@ -17,6 +17,17 @@ from held_out import score
 from sources import DEFAULT_WORK
 from train import build
 
+README = Path(__file__).parent / "README.md"
+
+
+def write_table(table: dict[str, dict[str, float]]) -> None:
+    """Put the results between the marks in the recipe's README."""
+    lines = ["| test | right | with a blank picture | questions |", "|---|---|---|---|"]
+    lines += [f"| {test} | {r['score']:.1%} | {r['blank']:.1%} | {r['n']} |" for test, r in table.items()]
+    text = README.read_text(encoding="utf-8")
+    start, end = text.index("<!-- results -->") + len("<!-- results -->"), text.index("<!-- /results -->")
+    README.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,6 +50,7 @@ def main() -> None:
         print(f"{test:18} {row['score']:6.1%}   blank {row['blank']:6.1%}   n {row['n']}")
     if args.out:
         args.out.write_text(json.dumps({"model": name, "skills": table}, indent=2) + "\n", encoding="utf-8")
+        write_table(table)
 
 
 if __name__ == "__main__":

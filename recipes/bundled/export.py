@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from smolvlm_fms.model.smolvlm import SmolVLM
 from torch import nn
 
 from conversations import TOKENS_PER_TILE
@@ -82,19 +81,18 @@ def export(model: nn.Module, work: Path, folder: Path) -> None:
     write_processor(work, folder, {token: read.token_to_id(token) for token in SPECIAL})
 
 
-def latest(run: Path, model: SmolVLM) -> int:
-    """Load the averaged weights of the run's newest checkpoint into `model`; returns its step."""
+def latest(run: Path, module: nn.Module, kind: str = "average/", part: str = "smolvlm.", strict: bool = True) -> int:
+    """Load the averaged (or the live, "weights/") weights of the run's newest checkpoint; returns its step."""
     from smolvlm_fms.training.checkpoint import CheckpointFolder
 
     checkpoints = CheckpointFolder(run / "checkpoints", 99)
     step = checkpoints.steps()[-1]
+    prefix = f"{kind}module.{part}"  # the model inside Sighted inside DistributedDataParallel
     tensors = checkpoints.tensors(step)
-    kind = "average/" if any(name.startswith("average/") for name in tensors) else "weights/"
-    prefix = f"{kind}module.smolvlm."  # the model inside Sighted inside DistributedDataParallel
     state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing, unexpected = module.load_state_dict(state, strict=False)
     left = [name for name in missing if not name.startswith("text_model.head")]  # tied to the embedding
-    if left or unexpected:
+    if strict and (left or unexpected):
         raise SystemExit(f"{run} holds another model: missing {left}, unexpected {unexpected}")
     return step
 

@@ -1,7 +1,7 @@
 """Draw the pictures that ship beside the bundled model, from the held-out side of the split.
 
 For each skill the first seeds whose questions the checkpoint answers are kept: they show what it can do; how often it
-can is what `RESULTS.json` says. Writes 256×256 PNGs and `questions.json` (file → question and answer).
+can is what `RESULTS.json` says. Writes 256×256 PNGs and `questions.json` (the list that `smolvlm demo` asks).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from held_out import right
 from sources import DEFAULT_WORK
 
 WANTED = {
-    "single": ("shape", "colour", "place", "description"),
+    "single": ("shape", "colour", "size", "place"),
     "pair": ("side colour", "bigger", "relation"),
     "count": ("count", "count of kind"),
     "number": ("digits",),
@@ -42,7 +42,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("*.png"):
         old.unlink()
-    table: dict[str, list[dict[str, str]]] = {}
+    table: list[dict[str, object]] = []
     for skill, number in EACH.items():
         kept, seed = 0, 70_000
         while kept < number:
@@ -58,7 +58,8 @@ def main() -> None:
             kept += 1
             name = f"{skill}-{kept}.png" if number > 1 else f"{skill}.png"
             picture.image.save(args.out / name, optimize=True)
-            table[name] = [{"question": turn.question, "answer": turn.answer} for turn in asked]
+            for turn in asked[:2]:
+                table.append({"images": [name], "question": turn.question, "answers": [turn.answer]})
             print(name, seed, *asked, sep="\n   ")
     (args.out / "questions.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 

@@ -69,8 +69,8 @@ class Sighted(nn.Module):
         batches = self.batches
         if not (self.training and torch.is_grad_enabled()) or batches.kinds is None or batches.colours is None:
             return None
-        kinds, colours = self.heads.losses(features_NPD.float(), batches.kinds, batches.colours)
-        return _AlsoLearn.apply(features_NPD, kinds + 0.5 * colours, self.weight)  # type: ignore[no-any-return]
+        kinds, colours, places = self.heads.losses(features_NPD.float(), batches.kinds, batches.colours)
+        return _AlsoLearn.apply(features_NPD, kinds + 0.5 * colours + 0.2 * places, self.weight)  # type: ignore[no-any-return]
 
     def forward(self, **inputs: Any) -> Any:
         return self.smolvlm(**inputs)

@@ -125,11 +125,21 @@ def thing_turns(rng: Random, kind: str, noun: str, pool: list[str], about: str) 
     )
 
 
+def side_turns(rng: Random, noun: str, x: float, y: float) -> list[Turn]:
+    """Which half of the picture something is in, where that is clear."""
+    turns = []
+    if abs(x - CANVAS / 2) > 0.12 * CANVAS:
+        turns.append(ask(rng, "left or right", "left" if x < CANVAS / 2 else "right", shape=noun))
+    if abs(y - CANVAS / 2) > 0.12 * CANVAS:
+        turns.append(ask(rng, "top or bottom", "top" if y < CANVAS / 2 else "bottom", shape=noun))
+    return turns
+
+
 def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """One shape: what, which colour, how big, where."""
     shape, colour = world.combo(rng)
     picture = background(rng, {colour})
-    big = rng.random() < 0.5
+    big = rng.random() < 0.4
     radius = rng.uniform(72, 112) if big else rng.uniform(24, 42)
     lowest, highest = radius * 0.95, CANVAS - radius * 0.95
     x, y = rng.uniform(lowest, highest), rng.uniform(lowest, highest)
@@ -148,10 +158,12 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     where = place_of(x, y)
     if where and not big:
         turns.append(ask(rng, "place", where, shape=shape))
-    if picture.background:
+    turns += side_turns(rng, shape, x, y)
+    if picture.background and rng.random() < 0.5:
         turns.append(ask(rng, "background", picture.background))
     rng.shuffle(turns)
-    turns.append(ask(rng, "description", article(f"{size} {colour} {shape}")))
+    spot = f" at the {where}" if where and not big else ""
+    turns.append(ask(rng, "description", article(f"{size} {colour} {shape}") + spot))
     return picture, turns
 
 
@@ -178,7 +190,7 @@ def pair(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
 
 
 def pair_turns(rng: Random, first: tuple[str, str], second: tuple[str, str], sideways: bool, bigger: int) -> list[Turn]:
-    """Four of the questions about two shapes; `first` is left of or above `second`."""
+    """Six of the questions about two shapes; `first` is left of or above `second`."""
     shapes, colours = (first[0], second[0]), (first[1], second[1])
     sides = ("left", "right") if sideways else ("top", "bottom")
     relations = ("left of", "right of") if sideways else ("above", "below")
@@ -198,7 +210,7 @@ def pair_turns(rng: Random, first: tuple[str, str], second: tuple[str, str], sid
         ask(rng, "is there", yes_no(claim[::-1] in (first, second)), a_claim=article(" ".join(claim))),
     ]
     rng.shuffle(turns)
-    return turns[:4]
+    return turns[:6]
 
 
 def scatter(rng: Random, count: int, radius: float) -> list[tuple[float, float]]:
@@ -264,7 +276,16 @@ def written(world: World, rng: Random, text: str, about: str) -> tuple[Picture, 
     picture = background(rng, avoid)
     most = {1: 120, 2: 200, 3: 240}.get(len(text), 248)
     add_text(picture, text, rng.choice(world.fonts), colour, rng, rng.uniform(0.6, 1.0) * most)
-    turns = [ask(rng, about, text)]
+    sign = "digit" if about == "digits" else "letter"
+    turns = [
+        ask(rng, about, text),
+        ask(rng, "length", str(len(text)), sign=sign),
+        *(
+            [ask(rng, "first of", text[0], sign=sign), ask(rng, "last of", text[-1], sign=sign)]
+            if len(text) > 1
+            else []
+        ),
+    ]
     if rng.random() < 0.4:
         turns.append(ask(rng, "ink", colour, written="number" if about == "digits" else "text"))
     if rng.random() < 0.3 and picture.background:
@@ -303,6 +324,8 @@ def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         closed = list(thing_turns(rng, kind, "one", world.emoji_words, "emoji"))
         last = closed.pop()
         turns = [last] if rng.random() < 0.5 else [rng.choice(closed), last]
+        if not world.held_out:
+            turns = [*side_turns(rng, "thing", *xy), *turns]
         if picture.background:
             turns.insert(0, Turn("What color is the background?", picture.background, "background"))
         return picture, turns
@@ -337,7 +360,7 @@ MAKERS: dict[str, Callable[[World, Random], tuple[Picture, list[Turn]]]] = {
     "word": word,
     "emoji": emoji,
 }
-MIXTURE = {"single": 0.15, "pair": 0.15, "count": 0.15, "number": 0.12, "word": 0.18, "emoji": 0.25}
+MIXTURE = {"single": 0.16, "pair": 0.16, "count": 0.15, "number": 0.13, "word": 0.2, "emoji": 0.2}
 
 
 @lru_cache(maxsize=1)

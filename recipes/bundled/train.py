@@ -16,7 +16,7 @@ from smolvlm_fms.model.smolvlm import SmolVLM
 from smolvlm_fms.training import TrainConfig, Trainer
 from torch import nn
 
-from export import export
+from export import export, latest
 from held_out import score, show
 from shape import config, tokenizer
 from sighted import DenseBatches, Sighted
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--tower", type=Path)
+    parser.add_argument("--weights", type=Path, help="a run whose newest weights to start from, instead of --tower")
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "train.yaml")
     parser.add_argument("--dense", type=float, default=0.3, help="weight of the loss that names patches")
     parser.add_argument("overrides", nargs="*", help="key=value, such as steps=200 run=runs/try")
@@ -50,7 +51,10 @@ def main() -> None:
     batches = DenseBatches(args.work, 32, smolvlm.config.pad_token_id or 0)
     heads = DenseHeads(smolvlm.config.vision.hidden_size)
     if args.tower is not None:
-        heads.load_state_dict(torch.load(args.tower, weights_only=True)["heads"])
+        heads.load_state_dict(torch.load(args.tower, weights_only=True)["heads"], strict=False)
+    elif args.weights is not None:
+        latest(args.weights, smolvlm, "weights/")
+        latest(args.weights, heads, "weights/", "heads.", strict=False)
     model: nn.Module = Sighted(smolvlm, heads, batches, args.dense)
     first = True
     if "RANK" in os.environ:

@@ -31,6 +31,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "How big is the shape, big or small?",
     ),
     "place": ("Where is the {shape}?", "Where is the shape?", "In which part of the picture is the {shape}?"),
+    "left or right": ("Is the {shape} on the left or on the right?", "Is it on the left or on the right?"),
+    "top or bottom": ("Is the {shape} at the top or at the bottom?", "Is it at the top or at the bottom?"),
     "background": ("What color is the background?", "Which color is behind the shape?"),
     "description": ("Describe the picture.", "What do you see?", "What is in the picture?"),
     "colour of": ("What color is the {shape}?", "Which color does the {shape} have?"),
@@ -52,6 +54,9 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     "shape of all": ("What shapes are these?",),
     "digits": ("What number is this?", "Which number do you see?", "Read the number."),
     "words": ("What does it say?", "Read the word.", "What is written here?", "What word is this?"),
+    "first of": ("What is the first {sign}?",),
+    "last of": ("What is the last {sign}?",),
+    "length": ("How many {sign}s are there?", "How many {sign}s do you see?"),
     "ink": ("What color is the {written}?", "What color is the writing?"),
     "emoji": (
         "What is this?",

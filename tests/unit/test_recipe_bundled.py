@@ -77,12 +77,21 @@ def test_answers_are_what_the_picture_shows() -> None:
             elif about == "is colour":
                 assert answer == wordings.yes_no(f" {colour}?" in question), question
             elif about == "description":
-                assert answer.endswith(f"{colour} {shape}")
+                assert f"{colour} {shape}" in answer
+            elif about in ("left or right", "top or bottom"):
+                middle = np.nonzero(sample.kinds.reshape(8, 8))[int(about == "left or right")].mean()
+                assert (answer in ("left", "top")) == (middle < 3.5), question
             elif about == "place":
                 rows, columns = np.nonzero(sample.kinds.reshape(8, 8))
                 centre = (columns.mean() + 0.5) * 32, (rows.mean() + 0.5) * 32
                 assert skills.place_of(*centre) in (answer, None), (question, centre)
-    assert min(checked[name] for name in ("colour", "is colour", "shape", "choice", "description", "place")) > 20
+    assert (
+        min(
+            checked[name]
+            for name in ("colour", "is colour", "shape", "choice", "description", "place", "left or right")
+        )
+        > 20
+    )
 
 
 def test_counts_agree_with_the_picture() -> None:
