@@ -83,7 +83,7 @@ def same(ours: Any, theirs: Any) -> None:
         {"text": TEXTS, "images": PICTURES, "return_text_replacement_offsets": True},
         {"text": TEXTS, "images": PICTURES, "do_pad": False},
     ],
-    ids=str,
+
 )  # fmt: skip
 def test_calls(ours: LlavaNextProcessor, theirs: Any, call: dict[str, Any]) -> None:
     images = call.get("images")
