@@ -21,12 +21,27 @@ constexpr int TILE_VECS = 4;
 
 SVK_INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
+// AddressSanitizer does not see masked loads and stores, so its builds touch both ends of what they cover.
+SVK_INLINE void touch(const void* p, long bytes) {
+#ifdef __SANITIZE_ADDRESS__
+  if (bytes > 0) (void)*(volatile const char*)p, (void)((volatile const char*)p)[bytes - 1];
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 SVK_INLINE vf zero() { return _mm512_setzero_ps(); }
 SVK_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
 SVK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 SVK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
-SVK_INLINE vf load_n(const float* p, long n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-SVK_INLINE void store_n(float* p, vf x, long n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+SVK_INLINE vf load_n(const float* p, long n) {
+  touch(p, 4 * (n < 16 ? n : 16));
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+SVK_INLINE void store_n(float* p, vf x, long n) {
+  touch(p, 4 * (n < 16 ? n : 16));
+  _mm512_mask_storeu_ps(p, first_lanes(n), x);
+}
 SVK_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 SVK_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 SVK_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
@@ -59,12 +74,16 @@ SVK_INLINE vf times_power_of_two(vf a, vf integer) { return _mm512_scalef_ps(a, 
 
 SVK_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 SVK_INLINE vf load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
-SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) {
+  touch(p, 2 * (n < 16 ? n : 16));
+  return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+}
 SVK_INLINE void store_bf16(uint16_t* p, vf x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
 SVK_INLINE void store_bf16_two(uint16_t* p, vf first, vf second) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) {
+  touch(p, 2 * (n < 16 ? n : 16));
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x));
 }
 // Lane i becomes bf16(even[i]) | bf16(odd[i]) << 16.
