@@ -166,5 +166,9 @@ def test_what_cannot_be_meant_is_refused(pair: tuple[Path, Any, Any]) -> None:
     embeddings = ours.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(InputError, match="input_ids"):
         ours(inputs_embeds=embeddings, pixel_values=batch["pixel_values"])
+    with pytest.raises(InputError, match="packed=False"):
+        packed = load_model(folder)
+        packed.text_model.base_model.embedding = torch.nn.Identity()
+        to_hf_api(packed)
     with pytest.raises(InputError, match="one device"):
         FmsForConditionalGeneration.from_pretrained(folder, device_map={"a": "cpu", "b": "cuda:0"})

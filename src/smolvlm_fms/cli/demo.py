@@ -23,7 +23,8 @@ def demo(json: bool = typer.Option(False, "--json", help="One JSON object on sta
     vlm = sv.load("demo")
     if not json:
         typer.echo(
-            f"The bundled model, loaded in {time.perf_counter() - started:.1f} s. It never saw these pictures.\n"
+            f"The bundled model, loaded in {time.perf_counter() - started:.1f} s. "
+            "These pictures were kept out of its training.\n"
         )
     results = []
     for item in questions:

@@ -342,6 +342,11 @@ def to_hf_api(model: Any, cls: Any = FmsForConditionalGeneration) -> Any:
     The result is a ``PreTrainedModel`` with ``generate``, usable by pipelines, Trainer, peft and TRL. With ``cls`` a
     part of it: FmsModel (no head) or FmsVisionTransformer (the tower).
     """
+    if not isinstance(model.text_model.base_model.embedding, nn.Embedding):
+        raise InputError(
+            "This model's weights are packed for the CPU kernels, which neither train nor save. Load it with "
+            "smolvlm_fms.load(..., packed=False), or with fms_bridge.loading.load_model."
+        )
     values = dict(model.config.to_hf())
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     config.dtype = next(model.parameters()).dtype
