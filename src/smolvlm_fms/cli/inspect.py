@@ -35,7 +35,7 @@ def inspect(
         "resized": f"{width} × {height}",
         "tiles": f"{tiles['count']} of {report['tile_size']} × {report['tile_size']} ({grid})",
         "image tokens": f"{report['image_tokens']} ({report['tokens_per_tile']} a tile)",
-        "cost": f"about {report['gflop']:.0f} GFLOP in the vision tower",
+        "cost": f"about {report['gflop']:.3g} GFLOP in the vision tower",
         "prompt": report["prompt"] if len(report["prompt"]) < 200 else report["prompt"][:200] + "…",
     }
     for name, value in lines.items():
