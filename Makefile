@@ -28,10 +28,12 @@ test-torchvision: export SMOLVLM_REQUIRE_TORCHVISION = 1
 test-torchvision: $(DEV) .peers/torchvision
 	PYTHONPATH=.peers/torchvision $(PYTEST) -p tests.torchvision_ops $(TENSOR_PARITY)
 
-# All parity tests once more against the oldest transformers that we promise to work with.
+# The parity tests once more against the oldest transformers that we promise to work with. LLaVA-Next is compared with
+# transformers 5 only: 4 has other classes and another layout of its features.
 test-transformers-4: export SMOLVLM_REQUIRE_TORCHVISION = 1
 test-transformers-4: $(DEV) .peers/transformers-4 .peers/torchvision
-	PYTHONPATH=.peers/transformers-4:.peers/torchvision $(PYTEST) -p tests.torchvision_ops tests/parity
+	PYTHONPATH=.peers/transformers-4:.peers/torchvision $(PYTEST) -p tests.torchvision_ops \
+	    tests/parity --ignore-glob '*test_llava*'
 
 check: $(DEV)
 	scripts/check
