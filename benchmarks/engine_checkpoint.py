@@ -22,7 +22,7 @@ def build(folder: Path = FOLDER) -> Path:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from smolvlm_fms.config import PRESETS
+    from smolvlm_fms.config_presets import PRESETS
     from smolvlm_fms.fms_bridge.saving import save_pretrained
     from smolvlm_fms.model.smolvlm import SmolVLM
     from tests.tiny import build_processor_files, token_ids

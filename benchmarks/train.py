@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from smolvlm_fms.config import PRESETS, SmolVLMConfig, TextConfig, VisionConfig
+from smolvlm_fms.config import SmolVLMConfig, TextConfig, VisionConfig
+from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.saving import save_pretrained
 from smolvlm_fms.model.smolvlm import SmolVLM

@@ -16,7 +16,7 @@ from fms.utils.generation import generate
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from smolvlm_fms.config import PRESETS
+from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.fms_bridge.gguf import GGUFText
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.saving import save_pretrained

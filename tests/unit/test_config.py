@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from smolvlm_fms.config import PRESETS, SmolVLMConfig, TextConfig, VisionConfig
+from smolvlm_fms.config import SmolVLMConfig, TextConfig, VisionConfig
+from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.errors import ConfigurationError
 
 RELEASED = Path(__file__).parents[1] / "fixtures" / "configs"

@@ -390,7 +390,7 @@ print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()) // 102
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_weights_are_never_in_memory_twice(tmp_path: Path) -> None:
     """Peak memory of loading and reading every weight: the weights, and the code that is imported meanwhile."""
-    from smolvlm_fms.config import PRESETS
+    from smolvlm_fms.config_presets import PRESETS
     from smolvlm_fms.model.smolvlm import SmolVLM
 
     model = SmolVLM(PRESETS["256m_instruct"].updated(text={"num_hidden_layers": 6}))

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import smolvlm_fms
-from smolvlm_fms.config import PRESETS, SmolVLMConfig
+from smolvlm_fms.config import SmolVLMConfig
+from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.errors import CheckpointError, ConfigurationError
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.saving import save_pretrained

@@ -10,8 +10,9 @@ from typing import Any
 from fms import models
 from fms.utils import serialization
 
-from smolvlm_fms.config import PRESETS, BaseConfig, SmolVLMConfig
+from smolvlm_fms.config import BaseConfig, SmolVLMConfig
 from smolvlm_fms.config_llava import LLAVA_PRESETS, LlavaNextConfig
+from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.errors import CheckpointError, ConfigurationError
 from smolvlm_fms.fms_bridge.adapters import FAMILIES, SOURCES, STEPS
 from smolvlm_fms.fms_bridge.llava_next import LLAVA_NEXT
