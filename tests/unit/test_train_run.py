@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from smolvlm_fms.errors import ConfigurationError, TrainingError
+from smolvlm_fms.errors import CheckpointError, ConfigurationError, TrainingError
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.processing.processor import SmolVLMProcessor
 from smolvlm_fms.training.config import TrainConfig
@@ -217,3 +218,59 @@ def test_peft_loads_the_adapter_onto_transformers_model(adapted: Path, base: Pat
     ids = torch.randint(20, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(theirs(input_ids=ids).logits, ours(ids), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_parts_are_trained_whole_beside_adapters(tmp_path: Path, base: Path, skill: Path) -> None:
+    """LoRA in the text, connector and tower whole: one peft adapter, which peft and we put together alike."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    values = settings(
+        tmp_path / "run", base, skill, steps=6, lora={"rank": 4, "alpha": 8, "full": ["connector", "tower"]},
+        connector={"lr": 1e-2}, tower={"lr": 1e-3}, optim={"lr": 1e-2},
+    )  # fmt: skip
+    train(TrainConfig(**values), say=lambda line: None)
+    final = tmp_path / "run" / "final"
+    before, after = load_file(base / "model.safetensors"), load_file(final / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {
+        name for name in before
+        if "connector" in name or "vision_model" in name or ("text_model.layers" in name and "proj" in name)
+    }  # fmt: skip
+    merge_adapter(base, final / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.allclose(merged[name], after[name], atol=1e-6) for name in after)
+    theirs = transformers.SmolVLMForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, final / "adapter").eval()
+    ours = load_model(final)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.full((1, 4), ours.config.image_token_id)
+    ids = torch.cat([torch.randint(20, 200, (1, 6), generator=generator), image], 1)
+    pixels = torch.rand(1, 1, 3, 32, 32, generator=generator)
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=ids, pixel_values=pixels).logits, ours(ids, pixels), atol=1e-4)
+
+
+def test_adapters_and_whole_parts_must_not_overlap(tmp_path: Path, base: Path, skill: Path) -> None:
+    lora = {"targets": r"vision_tower\..*\.query", "full": ["tower"]}
+    with pytest.raises(ConfigurationError, match=r"lora\.full trains the tower whole"):
+        prepare(TrainConfig(**settings(tmp_path, base, skill, lora=lora)))
+
+
+def test_an_adapter_of_another_model_is_refused(adapted: Path, base: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(adapted / "final" / "adapter", tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    key = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, key: torch.zeros(3, 4)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="does not belong to"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    save_file({name: t for name, t in tensors.items() if name != key}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="half of a pair"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="neither LoRA's nor"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    settings_file = adapter / "adapter_config.json"
+    settings_file.write_text(json.dumps(json.loads(settings_file.read_text()) | {"use_dora": True}))
+    with pytest.raises(CheckpointError, match="use_dora"):
+        merge_adapter(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -124,13 +124,15 @@ class LoraConfig(_Strict):
     """Low-rank adapters (arXiv 2106.09685) by peft, in place of training the weights themselves.
 
     targets: a regular expression over our modules' names; the linear layers that it matches get one. None means every
-    linear layer of the text backbone.
+    linear layer of the text backbone. full: parts whose own weights are trained as well, whole; the adapter's file
+    holds them as peft's ``modules_to_save``.
     """
 
     rank: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: str | None = None
+    full: list[Literal["tower", "connector"]] = []
 
 
 class ParallelConfig(_Strict):

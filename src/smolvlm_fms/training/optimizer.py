@@ -13,7 +13,10 @@ from smolvlm_fms.training.config import OptimConfig, PartConfig, TrainConfig
 
 __all__ = ["PARTS", "Average", "build_optimizer", "freeze", "part_of", "rate_at", "set_rate", "trainable"]
 
-PARTS = {"vision_tower.": "tower", "connector.": "connector", "text_model.": "text"}
+PARTS = {
+    "vision_tower.": "tower", "connector.": "connector", "projector.": "connector", "image_newline": "connector",
+    "text_model.": "text",
+}  # fmt: skip
 """Where the parts of a model live in its state dict, and what the configuration calls them."""
 
 
