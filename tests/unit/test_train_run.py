@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from smolvlm_fms.errors import CheckpointError, ConfigurationError, TrainingError
 from smolvlm_fms.fms_bridge.loading import load_model
+from smolvlm_fms.fms_bridge.lora import adapter_base, merge_adapter
 from smolvlm_fms.processing.processor import SmolVLMProcessor
 from smolvlm_fms.training.config import TrainConfig
-from smolvlm_fms.training.lora import merge_adapter
 from smolvlm_fms.training.run import prepare, train
 from tests.unit.training_helpers import read_lines, tiny_checkpoint, write_skill
 
@@ -204,6 +204,7 @@ def test_adapters_are_all_that_changes(adapted: Path, base: Path) -> None:
 
 
 def test_an_adapter_merges_to_the_same_weights(adapted: Path, base: Path, tmp_path: Path) -> None:
+    assert adapter_base(adapted / "final" / "adapter") == str(base)
     merge_adapter(base, adapted / "final" / "adapter", tmp_path)
     merged, final = load_file(tmp_path / "model.safetensors"), load_file(adapted / "final" / "model.safetensors")
     assert all(torch.allclose(merged[name], final[name], atol=1e-6) for name in final)

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from smolvlm_fms.errors import ConfigurationError, MissingDependencyError
 from smolvlm_fms.fms_bridge.adapters import FAMILIES, to_hf
-from smolvlm_fms.fms_bridge.lora import PREFIX, merge_adapter
+from smolvlm_fms.fms_bridge.lora import PREFIX
 from smolvlm_fms.fms_bridge.register import architecture_of
 from smolvlm_fms.training.config import LoraConfig
 from smolvlm_fms.training.optimizer import part_of
 
-__all__ = ["add_adapters", "fold_adapters", "merge_adapter", "save_adapter"]
+__all__ = ["add_adapters", "fold_adapters", "save_adapter"]
 
 TEXT_LINEARS = r"text_model\..*\.(query|key|value|dense|wg|w1|w2)"
 NAME = "default"
