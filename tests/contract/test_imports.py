@@ -16,10 +16,12 @@ LEAVES = {"bundle", "errors", "types", "config", "config_llava", "config_presets
 # Room -> rooms (or rooms' modules) it may import besides the leaves and itself.
 LAW = {
     # inspect draws tile grids without an engine; verify and convert work on checkpoints, not through the engine.
-    "cli": {"server", "engine", "training", "scale", "processing", "hf", "fms_bridge", "documents"},
+    "cli": {"server", "engine", "training", "scale", "processing", "hf", "fms_bridge", "documents", "evaluation"},
     "server": {"engine"},
     "scale": {"engine", "server"},
     "documents": {"engine", "processing"},
+    # Tests ask through the engine; they read pictures and videos as the processors do.
+    "evaluation": {"engine", "processing"},
     # The packed CPU path computes what the modules compute, from their weights, and shares their arithmetic.
     "engine": {"model", "modules", "processing", "fms_bridge.loading"},
     # Training writes checkpoints, and adapters in the checkpoint's own names.
@@ -93,6 +95,14 @@ def test_importing_the_package_costs_nothing() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     loaded = modules_after("import smolvlm_fms.cli")
     assert not loaded & {"torch", "transformers", "fms", "numpy"}
+
+
+def test_the_engine_starts_without_the_costly_part_of_fms() -> None:
+    """``fms.models`` imports torch's FSDP and sympy: 0.6 s that the first token would wait for."""
+    loaded = modules_after("import smolvlm_fms; smolvlm_fms.load")
+    assert not loaded & {"fms.models", "torch.distributed.fsdp", "sympy", "transformers"}
+    later = "from fms.models import list_models; assert 'smolvlm' in list_models()"
+    modules_after(f"import smolvlm_fms; smolvlm_fms.load; {later}")
 
 
 def test_the_scheduler_knows_no_torch() -> None:

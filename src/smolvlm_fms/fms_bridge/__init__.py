@@ -6,7 +6,6 @@ somebody imports ``fms.models`` (at once where that has happened already).
 
 from __future__ import annotations
 
-import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -52,8 +51,9 @@ def _after_import(name: str, callback: Callable[[], None]) -> None:
 
 
 def _register_models() -> None:
-    # Importing it registers. Where its own import is what brought FMS in, it is half executed now and does so itself.
-    importlib.import_module("smolvlm_fms.fms_bridge.register")
+    from smolvlm_fms.fms_bridge.register import register_models
+
+    register_models()
 
 
 def _register_configurations() -> None:

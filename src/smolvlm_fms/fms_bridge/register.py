@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fms import models
 from fms.utils import serialization
 
 from smolvlm_fms.config import BaseConfig, SmolVLMConfig
@@ -74,7 +73,10 @@ def architecture_of(model_type: Any) -> Architecture:
 
 
 def register_models() -> None:
-    """Register variants, adapter steps and sources. Idempotent."""
+    """Register variants, adapter steps and sources. Idempotent. Imports ``fms.models``, and FSDP and sympy with it:
+    whoever builds our models without ``get_model`` need not (see ``register_with_fms``)."""
+    from fms import models
+
     for architecture in ARCHITECTURES.values():
         if architecture.name in models.list_models():
             continue
@@ -130,9 +132,3 @@ def _parameters(config_class: Any) -> Callable[[Any], dict[str, Any]]:
         return {f.name: getattr(config, f.name) for f in fields(config)}
 
     return build
-
-
-register_models()
-
-
-register_models()

@@ -1,4 +1,4 @@
-"""The text backbone: FMS's Llama or Granite blocks, taking token ids or embeddings."""
+"""The text backbone: Llama's or Granite's blocks on FMS's modules, taking token ids or embeddings."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from fms.distributed.strategy import DistributedStrategy, NoOpStrategy
-from fms.models.granite import GraniteBlock, GraniteConfig
-from fms.models.llama import LLaMABlock, LLaMAConfig
 from fms.modules.attention import MultiHeadAttention
 from fms.modules.feedforward import GatedLinearUnit
 from fms.modules.head import LinearClassificationHead
@@ -20,44 +18,12 @@ from torch import Tensor, nn
 from smolvlm_fms.config import TextConfig
 from smolvlm_fms.errors import InputError
 from smolvlm_fms.modules.attention import CACHED, PLAIN
-from smolvlm_fms.modules.vision import grow_factor
+from smolvlm_fms.modules.text_block import TextBlock, rms_norm
 
 __all__ = ["KVCache", "TextBackbone", "TextModel"]
 
 KVCache = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values (B, kv_heads, T, head_dim)."""
-
-
-def _block_config(config: TextConfig, fused: bool, linear_config: dict[str, Any] | None) -> LLaMAConfig | GraniteConfig:
-    """The configuration that FMS's own block wants, for ``config``."""
-    common: dict[str, Any] = {
-        "src_vocab_size": config.vocab_size,
-        "emb_dim": config.hidden_size,
-        "norm_eps": config.rms_norm_eps,
-        "nheads": config.num_attention_heads,
-        "kvheads": config.num_key_value_heads,
-        "nlayers": config.num_hidden_layers,
-        "hidden_grow_factor": grow_factor(config.hidden_size, config.intermediate_size),
-        "multiple_of": 1,
-        "activation_fn": config.hidden_act,
-        "p_dropout": config.attention_dropout,
-        "max_expected_seq_len": config.max_position_embeddings,
-        "attn_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "rope_theta": config.rope_theta,
-        "linear_config": linear_config,
-        "fused_weights": fused,
-    }
-    if config.model_type != "granite":
-        return LLaMAConfig(**common)
-    return GraniteConfig(
-        **common,
-        head_dim=config.head_dim,
-        embedding_multiplier=config.embedding_multiplier,
-        logits_scaling=config.logits_scaling,
-        residual_multiplier=config.residual_multiplier,
-        attention_multiplier=config.attention_scale,
-    )
 
 
 class TextBackbone(nn.Module):
@@ -88,14 +54,11 @@ class TextBackbone(nn.Module):
             max_seq_len=config.max_position_embeddings,
             scaling=config.rope_scaling or {},
         )
-        block = GraniteBlock if config.model_type == "granite" else LLaMABlock
-        block_config = _block_config(config, fused_weights, linear_config)
         self.layers = nn.ModuleList(
-            distributed_strategy.distribute_layer(block(block_config, self.rot_emb), i)
+            distributed_strategy.distribute_layer(TextBlock(config, self.rot_emb, fused_weights, linear_config), i)
             for i in range(config.num_hidden_layers)
         )
-        norm = LayerNormParameterized(config.hidden_size, eps=config.rms_norm_eps, use_high_precision_pow=True)
-        self.dec_norm = distributed_strategy.distribute_module(norm, final_layers=True)
+        self.dec_norm = distributed_strategy.distribute_module(rms_norm(config), final_layers=True)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Token ids (B, T), int64, to embeddings (B, T, D), before any embedding multiplier."""
