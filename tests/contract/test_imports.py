@@ -16,7 +16,12 @@ LEAVES = {"bundle", "errors", "types", "config", "config_llava", "config_presets
 # Room -> rooms (or rooms' modules) it may import besides the leaves and itself.
 LAW = {
     # inspect draws tile grids without an engine; verify and convert work on checkpoints, not through the engine.
-    "cli": {"server", "engine", "training", "scale", "processing", "hf", "fms_bridge", "documents", "evaluation"},
+    "cli": {
+        "server", "engine", "training", "scale", "export", "processing", "hf", "fms_bridge", "documents", "evaluation",
+    },  # fmt: skip
+    # Export compares a converted checkpoint with its source, the engine's packed weights and transformers: it stands
+    # over all three, and only the command line stands on it.
+    "export": {"engine", "fms_bridge", "hf", "model", "modules", "processing"},
     "server": {"engine"},
     "scale": {"engine", "server"},
     "documents": {"engine", "processing"},
