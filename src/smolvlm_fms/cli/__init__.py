@@ -19,7 +19,7 @@ from smolvlm_fms.errors import SmolVLMError
 
 __all__ = ["app", "main"]
 
-COMMANDS = ("ask", "chat", "batch", "inspect", "verify", "demo", "train", "convert", "convert_document")
+COMMANDS = ("ask", "chat", "batch", "inspect", "verify", "eval", "demo", "train", "convert", "convert_document")
 
 app = typer.Typer(
     name="smolvlm",
