@@ -12,7 +12,7 @@ SOURCES := pyproject.toml constraints.txt setup.py \
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-transformers-4 test-torchvision check clean
+.PHONY: demo test test-transformers-4 test-torchvision test-torchao check clean
 
 demo: $(CORE)
 	$(BIN)/smolvlm demo
@@ -35,6 +35,11 @@ test-transformers-4: $(DEV) .peers/transformers-4 .peers/torchvision
 	PYTHONPATH=.peers/transformers-4:.peers/torchvision $(PYTEST) -p tests.torchvision_ops \
 	    tests/parity --ignore-glob '*test_llava*'
 
+# Quantised weights by torchao. It is for GPUs, and stays out of .venv: it complains there about libraries of CUDA's.
+test-torchao: export SMOLVLM_REQUIRE_TORCHAO = 1
+test-torchao: $(DEV) .peers/torchao
+	PYTHONPATH=.peers/torchao $(BIN)/python -m pytest tests/unit/test_engine_torchao.py
+
 check: $(DEV)
 	scripts/check
 
@@ -55,6 +60,9 @@ $(DEV): $(VENV)/bin/pip $(SOURCES)
 
 .peers/torchvision: | $(DEV)
 	$(BIN)/pip install --quiet --no-deps --target $@ 'torchvision==0.28.0'
+
+.peers/torchao: | $(DEV)
+	$(BIN)/pip install --quiet --no-deps --target $@ 'torchao==0.18.0'
 
 clean:
 	rm -rf $(VENV) .peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

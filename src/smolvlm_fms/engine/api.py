@@ -45,10 +45,10 @@ def load(
 
     name: a folder, a hub id, or ``"demo"`` (bundled). dtype: of the weights, as torch's or its name (None: the
     checkpoint's own). threads: CPU threads of this process (None: what the machine or container has). quantize:
-    ``"int8"`` or ``"int4"`` weights for the text model. quantize_tower: ``"int8"`` for the vision tower, too. packed:
-    on the CPU in bf16, put the weights into the form that is computed with fastest; ``.model`` still computes, but
-    cannot be saved or trained any more. engine: sizes of caches and batches. loading: further arguments of
-    ``load_model`` (``revision``, ``progress`` …).
+    ``"int8"`` or ``"int4"`` weights for the text model (on a GPU by torchao). quantize_tower: ``"int8"`` for the vision
+    tower, too. packed: on the CPU in bf16, put the weights into the form that is computed with fastest; ``.model``
+    still computes, but cannot be saved or trained any more. engine: sizes of caches and batches. loading: further
+    arguments of ``load_model`` (``revision``, ``progress`` …).
 
     fp32 computes exactly what transformers does.
     Raises FetchError, CheckpointError, ConfigurationError or CapacityError.
@@ -61,7 +61,7 @@ def load(
 
     processor = load_processor(folder)
     defaults = read_generation_defaults(folder, processor.tokenizer)
-    config = engine or EngineConfig()
+    config = engine or EngineConfig.for_device(_device(device).type)
     runner = _backend(model, config, defaults.banned, packed, quantize, quantize_tower)
     return VLM(model, processor, runner, defaults, config, name=str(name), load_s=time.perf_counter() - started)
 
@@ -266,11 +266,18 @@ def _backend(
         cpu_runner.pack_model(model, quantize, quantize_tower)
         sort = cpu_runner.CpuRunner if kernels.available() else cpu_runner.FallbackRunner
         return sort(model, _kv_tokens(model, config), banned)
+    weight = model.text_model.base_model.dec_norm.weight
+    if weight.is_cuda and quantize_tower is None:
+        from smolvlm_fms.engine.graph_runner import GraphRunner
+        from smolvlm_fms.engine.torchao_weights import quantize_text
+
+        if quantize is not None:
+            quantize_text(model, quantize)
+        return GraphRunner(model, _kv_tokens(model, config), banned, compile_step=config.compile_decode)
     if quantize is not None or quantize_tower is not None:
-        weight = model.text_model.base_model.dec_norm.weight
         raise ConfigurationError(
-            f"Quantised weights need a SmolVLM in bfloat16 on the CPU and packed=True; this model is in {weight.dtype} "
-            f"on {weight.device}."
+            f"Quantised weights need a SmolVLM in bfloat16 on the CPU and packed=True, or a GPU (text model only); "
+            f"this model is in {weight.dtype} on {weight.device}."
         )
     return ModelRunner(model, _kv_tokens(model, config), banned)
 
@@ -299,8 +306,10 @@ def _kv_tokens(model: Any, config: EngineConfig) -> int:
     if budget is None:
         context = min(model.config.text.max_position_embeddings, config.context_length or 2**60)
         wanted = max(512 * 2**20, (context + BLOCK) * per_token)
-        free = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else available_memory()
-        budget = min(wanted, free // 4)
+        if weight.is_cuda:  # there are many sequences at once, and nobody else wants the memory
+            budget = torch.cuda.mem_get_info(weight.device)[0] // 2
+        else:
+            budget = min(wanted, available_memory() // 4)
     tokens = budget // per_token // BLOCK * BLOCK
     if tokens < BLOCK:
         raise CapacityError(

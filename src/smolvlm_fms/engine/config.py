@@ -18,7 +18,7 @@ class EngineConfig:
 
     max_sequences: sequences computed at once; more wait their turn.
     kv_bytes: memory for keys and values (None: enough for one full context, at least 512 MB, at most a quarter of the
-        memory that this process may use). Pages are touched only as they fill.
+        memory that this process may use; on a GPU half of what is free). Pages are touched only as they fill.
     prefix_bytes: how much of it may keep the keys and values of finished sequences, for prompts that begin the same.
         None: all that running sequences leave.
     image_cache_bytes: memory for the features of pictures seen before.
@@ -26,6 +26,8 @@ class EngineConfig:
     prefill_chunk_alone: the same while nobody is kept waiting.
     tiles_per_step: tiles that go through the tower in one step.
     context_length: at most so many tokens a sequence (None: what the checkpoint allows).
+    compile_decode: compile the decode step with torch's compiler before it becomes a CUDA graph (GPUs only): some ten
+        seconds for every new size of batch and context, and quicker steps from then on.
     """
 
     max_sequences: int = 32
@@ -36,6 +38,14 @@ class EngineConfig:
     prefill_chunk_alone: int = 2048
     tiles_per_step: int = 1
     context_length: int | None = None
+    compile_decode: bool = False
+
+    @classmethod
+    def for_device(cls, kind: str) -> EngineConfig:
+        """Sizes for a kind of device: a GPU is idle with the pieces that keep a CPU busy."""
+        if kind != "cuda":
+            return cls()
+        return cls(max_sequences=256, prefill_chunk=2048, prefill_chunk_alone=8192, tiles_per_step=64)
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "prefill_chunk", "prefill_chunk_alone", "tiles_per_step"):

@@ -95,6 +95,13 @@ def _causal_mask(length: int, past: int, device: torch.device) -> Tensor:
 register_attention_op(ATTENTION, _store, _attend)
 
 
+def _move(pixels: Tensor, like: Tensor) -> Tensor:
+    """Pixels in the device and dtype of ``like``; to a GPU from pinned memory, while the CPU goes on."""
+    if like.is_cuda and not pixels.is_cuda:
+        pixels = pixels.pin_memory()
+    return pixels.to(like.device, like.dtype, non_blocking=like.is_cuda)
+
+
 def kv_bytes_per_token(model: SmolVLM | LlavaNext, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes in all layers."""
     text = model.config.text
@@ -117,9 +124,12 @@ def embed_prompt(model: SmolVLM | LlavaNext, sequence: Sequence, start: int, cou
 
 
 class ModelRunner:
-    """A Backend that computes with the model as it is. ``kv_tokens`` positions of cache in the model's dtype."""
+    """A Backend that computes with the model as it is. ``kv_tokens`` positions of cache in the model's dtype, and
+    ``spare`` more behind them that no sequence owns."""
 
-    def __init__(self, model: SmolVLM | LlavaNext, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+    def __init__(
+        self, model: SmolVLM | LlavaNext, kv_tokens: int, banned: SequenceOf[int] = (), *, spare: int = 0
+    ) -> None:
         self.model: Any = model.eval()
         self.banned = tuple(banned)
         self.kv_tokens = kv_tokens // BLOCK * BLOCK
@@ -127,7 +137,7 @@ class ModelRunner:
         weight = model.text_model.base_model.dec_norm.weight
         self.kv_bytes_per_token = kv_bytes_per_token(model, weight.dtype)
         assert text.num_key_value_heads is not None and text.head_dim is not None
-        shape = (self.kv_tokens, text.num_key_value_heads, text.head_dim)
+        shape = (self.kv_tokens + spare, text.num_key_value_heads, text.head_dim)
         try:
             self._cache = [
                 tuple(torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
@@ -151,10 +161,10 @@ class ModelRunner:
         weight = self.model.text_model.base_model.dec_norm.weight
         if isinstance(self.model, LlavaNext):
             model, size = self.model, mask_NHW
-            tokens_NPD = model.encode_tiles(pixels_NCHW[first : first + count].to(weight.device, weight.dtype))
+            tokens_NPD = model.encode_tiles(_move(pixels_NCHW[first : first + count], weight))
             picture.add(tokens_NPD, lambda parts: model.join_picture(torch.cat(parts), size))
             return
-        tiles_1NCHW = pixels_NCHW[None, first : first + count].to(weight.device, weight.dtype)
+        tiles_1NCHW = _move(pixels_NCHW[None, first : first + count], weight)
         mask_1NHW = None if mask_NHW is None else mask_NHW[None, first : first + count].to(weight.device)
         features_NTD = self.model.encode_images(tiles_1NCHW, mask_1NHW).features
         if len(features_NTD) != count:
