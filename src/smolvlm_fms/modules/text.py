@@ -12,12 +12,12 @@ from fms.modules.attention import MultiHeadAttention
 from fms.modules.feedforward import GatedLinearUnit
 from fms.modules.head import LinearClassificationHead
 from fms.modules.layernorm import LayerNormParameterized
-from fms.modules.positions import RotaryEmbedding
 from torch import Tensor, nn
 
 from smolvlm_fms.config import TextConfig
 from smolvlm_fms.errors import InputError
 from smolvlm_fms.modules.attention import CACHED, PLAIN
+from smolvlm_fms.modules.rotary import Rotary
 from smolvlm_fms.modules.text_block import TextBlock, rms_norm
 
 __all__ = ["KVCache", "TextBackbone", "TextModel"]
@@ -48,7 +48,7 @@ class TextBackbone(nn.Module):
         if embedding_only:
             return
         self.rope_length = config.max_position_embeddings
-        self.rot_emb = RotaryEmbedding(
+        self.rot_emb = Rotary(
             dim=config.head_dim,
             ratio=config.rope_theta,
             max_seq_len=config.max_position_embeddings,
