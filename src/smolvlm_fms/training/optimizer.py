@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from smolvlm_fms.errors import TrainingError
 from smolvlm_fms.training.config import OptimConfig, PartConfig, TrainConfig
+from smolvlm_fms.training.tensor import by_mesh
 
 __all__ = ["PARTS", "Average", "build_optimizer", "freeze", "part_of", "rate_at", "set_rate", "trainable"]
 
@@ -44,15 +46,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each part and kind of decay; norms, biases and embeddings do not decay."""
+    """AdamW with one group for each part, kind of decay and mesh; norms, biases and embeddings do not decay."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[str, bool], list[Tensor]] = {}
+    groups: dict[tuple[str, bool, Any], list[Tensor]] = {}
     for name, parameter in trainable(model).items():
         decays = parameter.ndim >= 2 and id(parameter) not in tables
-        groups.setdefault((part_of(name), decays), []).append(parameter)
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups.setdefault((part_of(name), decays, mesh), []).append(parameter)
     optim = config.optim
     built: list[dict[str, Any]] = []
-    for (part, decays), parameters in groups.items():
+    for (part, decays, _), parameters in groups.items():
         settings: PartConfig = getattr(config, part)
         decay = optim.weight_decay if settings.weight_decay is None else settings.weight_decay
         rate = optim.lr if settings.lr is None else settings.lr
@@ -95,8 +98,9 @@ class Average:
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after ``step``; early steps count more, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        live = [p.detach() for p in trainable(model).values()]
-        torch._foreach_lerp_(list(self.weights.values()), live, 1 - decay)
+        live = by_mesh(p.detach() for p in trainable(model).values())
+        for held, fresh in zip(by_mesh(self.weights.values()), live, strict=True):
+            torch._foreach_lerp_(held, fresh, 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

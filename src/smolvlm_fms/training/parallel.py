@@ -1,9 +1,11 @@
 """One process or many: who this process is, sums over all of them, and the model in shards (FSDP2).
 
-    torchrun ─▶ start() ─▶ Group ─▶ shard(model): every block of tower and text, then the rest, over all processes
+    torchrun ─▶ started() ─▶ Group ─▶ shard(model): every block of tower and text, then the rest
 
-The processes of a run read different micro-batches of the same step. Gradients are averaged over them, so a run's curve
-is that of one process with the same ``accumulate``.
+    processes = replicas × shards × tensor      (HSDP: each replica is sharded for itself; tensor: see ``tensor.py``)
+
+Processes that share layers (``tensor``) read the same micro-batches, all others different ones of the same step.
+Gradients are averaged over those, so a run's curve is that of one process with the same ``accumulate``.
 """
 
 from __future__ import annotations
@@ -25,17 +27,29 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.training.config import ParallelConfig
 from smolvlm_fms.training.samples import IGNORE, Batch
+from smolvlm_fms.training.tensor import split_layers
 
-__all__ = ["Group", "blank_copy", "reshard", "shard", "started", "whole_model", "with_tiles"]
+__all__ = ["Group", "blank_copy", "check_parallel", "reshard", "shard", "started", "whole_model", "with_tiles"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a run; every one of them reads its own micro-batches."""
+    """The processes of a run; ``tensor`` neighbours share each layer and read the same micro-batches."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    tensor: int = 1
+
+    @property
+    def reader(self) -> int:
+        """Which of the ``readers`` streams of micro-batches this process takes."""
+        return self.rank // self.tensor
+
+    @property
+    def readers(self) -> int:
+        """How many different micro-batches the processes work on at a time."""
+        return self.world // self.tensor
 
     @property
     def is_first(self) -> bool:
@@ -43,11 +57,11 @@ class Group:
         return self.rank == 0
 
     def total(self, *values: Tensor | float) -> list[float]:
-        """Sum each value over all processes, in float64."""
+        """Sum each value over all processes that read different micro-batches, in float64."""
         sums = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu").detach() for v in values])
         if self.world > 1:
             dist.all_reduce(sums)
-        return [float(value) for value in sums]
+        return [float(value) / self.tensor for value in sums]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -73,16 +87,28 @@ def started(device: torch.device) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
+def check_parallel(world: int, config: ParallelConfig) -> None:
+    """Raise ConfigurationError where ``world`` processes cannot be laid out as the configuration says."""
+    if world % (config.replicas * config.tensor):
+        raise ConfigurationError(
+            f"parallel.replicas {config.replicas} × parallel.tensor {config.tensor} does not divide {world} "
+            f"{'processes' if world > 1 else 'process (torchrun starts several)'}."
+        )
+
+
 def shard(model: nn.Module, group: Group, config: ParallelConfig, half: bool) -> None:
     """Shard parameters in place. ``half``: compute in bfloat16, add gradients up in float32."""
-    if group.world % config.replicas:
-        raise ConfigurationError(f"parallel.replicas {config.replicas} does not divide {group.world} processes.")
-    shape: tuple[int, ...] = (group.world,)
-    names: tuple[str, ...] = ("shard",)
-    if config.replicas > 1:
-        shape, names = (config.replicas, group.world // config.replicas), ("replicate", "shard")
-    mesh = init_device_mesh(group.device.type, shape, mesh_dim_names=names)
-    options: dict[str, Any] = {"mesh": mesh}
+    check_parallel(group.world, config)
+    sizes = {
+        "replicate": config.replicas,
+        "shard": group.world // (config.replicas * config.tensor),
+        "tensor": config.tensor,
+    }
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    mesh = init_device_mesh(group.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+    if config.tensor > 1:
+        split_layers(model, mesh["tensor"])
+    options: dict[str, Any] = {"mesh": mesh["replicate", "shard"] if config.replicas > 1 else mesh["shard"]}
     if half:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in model.modules():

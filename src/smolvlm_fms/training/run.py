@@ -58,7 +58,9 @@ def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, R
         raise ConfigurationError("model is missing; name the checkpoint folder (or hub id) to start from.")
     check_unchanged(config)
     folder = resolve_folder(folder_of(config.model))
-    changes: dict[str, Any] = {"fused_weights": False} if config.lora else {}
+    if config.lora is not None and config.parallel.tensor > 1:
+        raise ConfigurationError("lora and parallel.tensor do not go together; adapters need little memory as it is.")
+    changes: dict[str, Any] = {"fused_weights": False} if config.lora or config.parallel.tensor > 1 else {}
     model = load_model(folder, dtype=torch.float32, **changes)
     if config.lora is not None:
         from smolvlm_fms.training.lora import add_adapters
@@ -142,6 +144,8 @@ def _deciding(config: TrainConfig) -> dict[str, Any]:
     """The fields that decide what a run computes, flat."""
     values = config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
     values["data"].pop("workers")
+    # Split layers have unfused linears, and checkpoints have them as they are.
+    values["parallel.tensor > 1"] = config.parallel.tensor > 1
     return _leaves(values)
 
 

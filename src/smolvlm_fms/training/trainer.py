@@ -10,6 +10,7 @@ metrics.jsonl ◀─ loss, norm, rates ◀─ AdamW ◀─ learning rate ◀─ 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import math
@@ -35,10 +36,11 @@ from smolvlm_fms.training.evaluate import model_inputs
 from smolvlm_fms.training.flops import batch_flops, peak_flops
 from smolvlm_fms.training.loss import shifted_targets, token_loss
 from smolvlm_fms.training.optimizer import Average, build_optimizer, freeze, rate_at, set_rate, trainable
-from smolvlm_fms.training.parallel import Group, blank_copy, reshard, shard, whole_model, with_tiles
+from smolvlm_fms.training.parallel import Group, blank_copy, check_parallel, reshard, shard, whole_model, with_tiles
 from smolvlm_fms.training.progress import Bar, JsonLines
 from smolvlm_fms.training.samples import IGNORE, Batch, to_device
 from smolvlm_fms.training.snapshot import Snapshot
+from smolvlm_fms.training.tensor import clip_over_meshes
 from smolvlm_fms.training.trackers import open_trackers
 
 __all__ = ["TrainResult", "Trainer"]
@@ -77,10 +79,12 @@ class Trainer:
         group: Group | None = None,
     ) -> None:
         self.config = config
-        self.group = group or Group(device=pick_device(config.device))
-        if config.accumulate % self.group.world:
+        group = group or Group(device=pick_device(config.device))
+        check_parallel(group.world, config.parallel)
+        self.group = dataclasses.replace(group, tensor=config.parallel.tensor)
+        if config.accumulate % self.group.readers:
             raise ConfigurationError(
-                f"accumulate counts the micro-batches of a step over all processes, so {self.group.world} processes "
+                f"accumulate counts the micro-batches of a step over all processes, so {self.group.readers} of them "
                 f"must divide it; it is {config.accumulate}."
             )
         self.batches = batches
@@ -155,7 +159,7 @@ class Trainer:
         config, started, saved_at = self.config, time.monotonic(), time.monotonic()
         stream: Iterator[Batch] = iter(())
         if self.step < config.steps:
-            stream = self.batches.stream(self.step * config.accumulate, self.group.rank, self.group.world)
+            stream = self.batches.stream(self.step * config.accumulate, self.group.reader, self.group.readers)
         while self.step < config.steps and not self._stop:
             metrics = self._train_step(stream)
             last = self.step == config.steps
@@ -176,9 +180,9 @@ class Trainer:
         """One optimizer step; returns its metrics. Leaves weights and ``self.step`` alone if a number is not finite."""
         config, device, began = self.config, self.group.device, time.monotonic()
         # Dropout, where there is any, must fall the same way in a run that resumes here.
-        torch.manual_seed(config.seed + 1_000_003 * self.step + self.group.rank)
+        torch.manual_seed(config.seed + 1_000_003 * self.step + self.group.reader)
         batches = [
-            to_device(self._complete(next(stream)), device) for _ in range(config.accumulate // self.group.world)
+            to_device(self._complete(next(stream)), device) for _ in range(config.accumulate // self.group.readers)
         ]
         targets = [shifted_targets(batch["labels"], batch["segments"]) for batch in batches]
         waited = time.monotonic() - began
@@ -224,7 +228,7 @@ class Trainer:
             logits_KV = self.compute(**model_inputs(batch, self.masked), logits_mask=mask_BT)
         total, entropy = token_loss(logits_KV, targets_BT[mask_BT], self.config.optim.z_loss)
         # FSDP takes the mean over processes; the loss is the mean over all tokens of all of them.
-        (total * (self.group.world / learnt)).backward()  # type: ignore[no-untyped-call]
+        (total * (self.group.readers / learnt)).backward()  # type: ignore[no-untyped-call]
         return entropy.double().cpu()
 
     def _complete(self, batch: Batch) -> Batch:
@@ -239,7 +243,10 @@ class Trainer:
 
     def _gradient_norm(self) -> float:
         clip = self.config.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(trainable(self.model).values(), math.inf if clip is None else clip)
+        most, parameters = math.inf if clip is None else clip, trainable(self.model).values()
+        if self.group.tensor > 1:
+            return clip_over_meshes(parameters, most, self.group.world)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _give_up(self, loss: float, norm: float) -> None:
