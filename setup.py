@@ -29,8 +29,8 @@ def instruction_sets() -> dict[str, list[str]]:
     """Source file to the compiler flags of the instruction set it is written for, on this machine's architecture."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         x86 = {"isa_avx512.cpp": AVX512_FLAGS, "isa_avx2.cpp": AVX2_FLAGS}
-        return {"dispatch.cpp": ["-DSVK_X86"], "isa_portable.cpp": [], **x86}
-    return {"dispatch.cpp": [], "isa_portable.cpp": []}
+        return {"dispatch.cpp": ["-DSVK_X86"], "pack.cpp": [], "isa_portable.cpp": [], **x86}
+    return {"dispatch.cpp": [], "pack.cpp": [], "isa_portable.cpp": []}
 
 
 def pieces(ext: Extension) -> dict[Path, list[str]]:

@@ -136,6 +136,18 @@ def test_a_row_does_not_depend_on_its_neighbours_or_threads(kind: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("sizes", "inputs"), [((64,), 32), ((70, 3, 2), 33), ((5,), 1), ((640, 128), 130)])
+def test_bf16_panels_are_those_of_the_plain_transposition(sizes: tuple[int, ...], inputs: int) -> None:
+    """The C packing reads rows where they lie; ``packing.pack_bf16`` joins and transposes with torch."""
+    torch.manual_seed(0)
+    wide = [torch.randn(size, inputs + 7).bfloat16() for size in sizes]
+    parts = [part[:, 3 : inputs + 3] for part in wide]  # not contiguous
+    packed = kernels.PackedLinear(parts).packed
+    assert torch.equal(packed, packing.pack_bf16(torch.cat(parts)))
+    gates = kernels.PackedLinear([parts[0], parts[0] * 2], activation="swiglu").packed
+    assert torch.equal(gates, packing.pack_bf16(packing.interleave_gate_up(torch.cat([parts[0], parts[0] * 2]))))
+
+
 def test_parts_are_joined_and_strides_respected() -> None:
     generator = torch.Generator().manual_seed(5)
     q, k = torch.randn(64, 32, generator=generator), torch.randn(20, 32, generator=generator)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from smolvlm_fms.bundle import folder_of
+from smolvlm_fms.config import read_json_config
 from smolvlm_fms.engine.backend import Backend
 from smolvlm_fms.engine.checkpoint import GenerationDefaults, read_generation_defaults
 from smolvlm_fms.engine.config import BLOCK, EngineConfig
@@ -56,7 +57,10 @@ def load(
     started = time.perf_counter()
     _set_threads(threads)
     folder = resolve_folder(folder_of(name))
-    model = load_model(folder, dtype=_dtype(dtype, quantize or quantize_tower), device=_device(device), **loading)
+    wanted, where = _dtype(dtype, quantize or quantize_tower), _device(device)
+    if packed and where.type == "cpu" and (wanted or _named_dtype(folder)) == torch.bfloat16:
+        loading.setdefault("fused_weights", False)  # packing joins them: done before, it would be one more copy of all
+    model = load_model(folder, dtype=wanted, device=where, **loading)
     from smolvlm_fms.processing.factory import load_processor
 
     processor = load_processor(folder)
@@ -249,6 +253,13 @@ def _dtype(dtype: torch.dtype | str | None, quantize: str | None) -> torch.dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigurationError(f"dtype is {dtype!r}; float32, bfloat16 and float16 are possible.")
     return found
+
+
+def _named_dtype(folder: Path) -> torch.dtype | None:
+    """What config.json says that its tensors are; a hint."""
+    values = read_json_config(folder)
+    named = getattr(torch, str(values.get("dtype") or values.get("torch_dtype")), None)
+    return named if isinstance(named, torch.dtype) else None
 
 
 def _backend(

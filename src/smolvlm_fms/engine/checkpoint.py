@@ -34,9 +34,9 @@ def read_generation_defaults(folder: Path, tokenizer: Any) -> GenerationDefaults
         config = _read(folder / "config.json")
         ends = _ids(config.get("eos_token_id")) or _ids((config.get("text_config") or {}).get("eos_token_id"))
         ends += _ids(tokenizer.eos_token_id)
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
-    if END_OF_TURN in vocabulary:
-        ends.append(vocabulary[END_OF_TURN])
+    turn_end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    if turn_end is not None and turn_end != tokenizer.unk_token_id:
+        ends.append(turn_end)
     banned = [words[0] for words in said.get("bad_words_ids") or [] if len(words) == 1]
     banned += _ids(said.get("suppress_tokens"))
     return GenerationDefaults(

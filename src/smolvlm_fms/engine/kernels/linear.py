@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,18 +121,18 @@ class PackedLinear(torch.nn.Module):
             raise ConfigurationError(
                 f"kind is one of {[*KINDS]} and activation of {[*ACTIVATIONS]}; got {kind!r}, {activation!r}"
             )
-        joined, joined_bias = _join(weight, bias)
-        if activation == "swiglu" and joined.shape[0] % 2:
-            raise ConfigurationError(f"a SwiGLU weight holds as many gates as ups; got {joined.shape[0]} rows")
+        parts, joined_bias = _parts(weight, bias)
+        rows = sum(part.shape[0] for part in parts)
+        if activation == "swiglu" and rows % 2:
+            raise ConfigurationError(f"a SwiGLU weight holds as many gates as ups; got {rows} rows")
         self.kind, self.activation = kind, activation
-        self.out_features = _out_features(joined.shape[0], ACTIVATIONS[activation])
-        self.in_features = joined.shape[1]
-        self._kind, self._activation, self._outputs = KINDS[kind], ACTIVATIONS[activation], joined.shape[0]
+        self.out_features = _out_features(rows, ACTIVATIONS[activation])
+        self.in_features = parts[0].shape[1]
+        self._kind, self._activation, self._outputs = KINDS[kind], ACTIVATIONS[activation], rows
         self._inputs = self.in_features + -self.in_features % _INPUT_MULTIPLE[self._kind]
-        if activation == "swiglu":
-            joined = packing.interleave_gate_up(joined)
-            joined_bias = None if joined_bias is None else packing.interleave_gate_up(joined_bias)
-        packed, scales = _pack(joined, kind)
+        if activation == "swiglu" and joined_bias is not None:
+            joined_bias = packing.interleave_gate_up(joined_bias)
+        packed, scales = _pack(parts, kind, activation == "swiglu")
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         if joined_bias is not None:
@@ -203,9 +204,9 @@ class PackedLinear(torch.nn.Module):
         )
 
 
-def _join(
+def _parts(
     weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor | None] | None
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[list[Tensor], Tensor | None]:
     parts = [weight] if isinstance(weight, Tensor) else list(weight)
     biases: list[Tensor | None] = [bias] if isinstance(bias, Tensor) else list(bias or [None] * len(parts))
     shapes = [tuple(part.shape) for part in parts]
@@ -219,15 +220,36 @@ def _join(
     if any(b is not None for b in biases):
         filled = [part.new_zeros(part.shape[0]) if b is None else b for part, b in zip(parts, biases, strict=True)]
         joined_bias = torch.cat([b.detach().float() for b in filled])
-    return torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach(), joined_bias
+    return [part.detach() for part in parts], joined_bias
 
 
-def _pack(weight_NK: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+def _pack(parts: list[Tensor], kind: str, swiglu: bool) -> tuple[Tensor, Tensor | None]:
     if kind == "bf16":
-        return packing.pack_bf16(weight_NK), None
+        return _pack_bf16(parts, swiglu), None
+    weight_NK = torch.cat(parts) if len(parts) > 1 else parts[0]
+    weight_NK = packing.interleave_gate_up(weight_NK) if swiglu else weight_NK
     if kind == "int8_channel":
         q, channel_scales = packing.quantize_channels(weight_NK)
         return packing.pack_int8(q, 4), packing.pad_to(channel_scales, -1, packing.PANEL).contiguous()
     q, group_scales = packing.quantize_groups(weight_NK, 8 if kind == "int8" else 4)
     packed = packing.pack_int8(q, packing.GROUP) if kind == "int8" else packing.pack_int4(q)
     return packed, packing.pack_group_scales(group_scales)
+
+
+def _pack_bf16(parts: list[Tensor], swiglu: bool) -> Tensor:
+    """``packing.pack_bf16`` of the joined (and, for SwiGLU, interleaved) parts, straight from where they lie."""
+    if not loader.built():
+        joined = torch.cat(parts)
+        return packing.pack_bf16(packing.interleave_gate_up(joined) if swiglu else joined)
+    parts = [part.to(torch.bfloat16).contiguous() for part in parts]
+    width = parts[0].shape[1]
+    rows_N = np.concatenate([part.data_ptr() + np.arange(len(part), dtype=np.int64) * (2 * width) for part in parts])
+    if swiglu:
+        rows_N = packing.interleave_gate_up(torch.from_numpy(rows_N)).numpy()
+    rows_N = np.ascontiguousarray(np.pad(rows_N, (0, -len(rows_N) % packing.PANEL)))
+    packed = torch.empty((len(rows_N) // packing.PANEL, -(-width // 2), packing.PANEL), dtype=torch.int32)
+    status = loader.library().svk_pack_bf16(
+        rows_N.ctypes.data, len(rows_N), width, packed.data_ptr(), torch.get_num_threads()
+    )
+    loader.check(status, "pack_bf16")
+    return packed

@@ -186,6 +186,7 @@ def _open() -> ctypes.CDLL | None:
     except OSError:  # built for another system, or its OpenMP runtime is missing
         return None
     library.svk_isa.restype = ctypes.c_char_p
+    library.svk_pack_bf16.argtypes = [_ptr, _i64, _i64, _ptr, _i64]
     for name, structures in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(structure) for structure in structures]
