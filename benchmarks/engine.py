@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Bench:
         self, name: str, do: str, kinds: list[str], repeats: int | None = None, amount: float = 0.0, **how: Any
     ) -> None:
         """Measure ``do`` for each kind in turn, after one warm-up. ``amount``: report amount / seconds, not seconds."""
-        present = [kind for kind in kinds if kind in self.workers]
+        present = [kind for kind in kinds if kind in self.workers and (kind not in PEERS or do in PEERS[kind].does)]
         for round_ in range((repeats or self.repeats) + 1):
             for kind in present:
                 seconds = self.workers[kind].ask(do, **how)
@@ -100,22 +101,28 @@ class Bench:
         }
 
 
-def measure(bench: Bench, quick: bool) -> None:
-    """Everything, the cheap things first."""
+PARTS = ("tower", "prefill", "decode", "ttft", "cold")
+
+
+def measure(bench: Bench, quick: bool, parts: Sequence[str] = PARTS) -> None:
+    """The named parts, the cheap things first."""
     ours, peers = ["bf16", "int8", "int4"], [kind for kind in bench.workers if kind in PEERS]
     everyone = [*ours, *peers]
-    bench.run("tower_s", "tower", ["bf16", "int8", "fallback", *peers])
-    bench.run("prefill_tokens_per_s", "prefill", ["bf16", "fallback", *everyone[1:]], amount=PROMPT, tokens=PROMPT)
-    steps = 32 if quick else 96
-    bench.run("decode_short_tokens_per_s", "decode", everyone, amount=steps, context=SHORT, steps=steps)
-    bench.run("decode_long_tokens_per_s", "decode", everyone, amount=steps, context=PROMPT, steps=steps)
-    batched = steps // 2
-    bench.run(
-        "decode_batch8_tokens_per_s", "decode", everyone, amount=8 * batched, context=SHORT, steps=batched, batch=8
-    )
-    few = 1 if quick else 3
-    bench.run("ttft_17_tiles_s", "ttft", ["bf16", "int8", *peers], repeats=few)
-    bench.run("ttft_again_s", "ttft_again", ["bf16", "int8"], repeats=3 if quick else 7)
+    if "tower" in parts:
+        bench.run("tower_s", "tower", ["bf16", "int8", "fallback", *peers])
+    if "prefill" in parts:
+        kinds = ["bf16", "fallback", *everyone[1:]]
+        bench.run("prefill_tokens_per_s", "prefill", kinds, amount=PROMPT, tokens=PROMPT)
+    if "decode" in parts:
+        steps = 32 if quick else 96
+        for name, context in (("short", SHORT), ("long", PROMPT)):
+            name = f"decode_{name}_tokens_per_s"
+            bench.run(name, "decode", everyone, amount=steps, context=context, steps=steps)
+        half, name = steps // 2, "decode_batch8_tokens_per_s"
+        bench.run(name, "decode", everyone, amount=8 * half, context=SHORT, steps=half, batch=8)
+    if "ttft" in parts:
+        bench.run("ttft_17_tiles_s", "ttft", ["bf16", "int8", *peers], repeats=1 if quick else 3)
+        bench.run("ttft_again_s", "ttft_again", ["bf16", "int8"], repeats=3 if quick else 7)
 
 
 def cold_starts(folder: Path, threads: int, repeats: int) -> list[float]:
@@ -161,12 +168,14 @@ def ratios(bench: Bench, ceiling: float, folder: Path) -> dict[str, float]:
         else engine_checkpoint.tower_flops(folder) / tower / 1e9 / ceiling,
         "prefill_bf16_vs_transformers": faster(prefill, "bf16", "transformers"),
         "prefill_bf16_vs_llamacpp": _least(
-            faster(prefill, "bf16", kind) for kind in ("llamacpp", "llamacpp_q8", "llamacpp_q4")
+            faster(prefill, "bf16", kind) for kind in ("llamacpp", "llamacpp_bf16", "llamacpp_q8", "llamacpp_q4")
         ),
         "decode_batch8_vs_llamacpp": faster(batch8, "bf16", "llamacpp"),
         "fallback_tower_vs_transformers": faster("tower_s", "fallback", "transformers"),
         "fallback_prefill_vs_transformers": faster(prefill, "fallback", "transformers"),
-        "ttft_17_tiles_vs_llamacpp": faster(ttft, "bf16", "llamacpp"),
+        "ttft_17_tiles_vs_llamacpp": _least(
+            faster(ttft, "bf16", kind) for kind in ("llamacpp", "llamacpp_bf16", "llamacpp_q8", "llamacpp_q4")
+        ),
         "ttft_17_tiles_vs_transformers": faster(ttft, "bf16", "transformers"),
         "ttft_cached_speedup": over(bench.median("bf16", ttft), bench.median("bf16", "ttft_again_s")),
         "decode_bf16_short_vs_transformers": faster("decode_short_tokens_per_s", "bf16", "transformers"),
@@ -189,14 +198,14 @@ def start_workers(folder: Path, threads: int, peers: list[str], quick: bool) -> 
     workers = {kind: Worker(kind, folder, threads) for kind in (("bf16",) if quick else ("bf16", "int8", "int4"))}
     workers["fallback"] = Worker("fallback", folder, threads, SMOLVLM_KERNELS="/nonexistent")
     for peer in peers:
-        for kind, (script, missing) in PEERS.items():
+        for kind, engine in PEERS.items():
             if kind.split("_")[0] != peer:
                 continue
-            reason = missing()
+            reason = engine.missing()
             if reason:
                 print(f"*** THE PEER {kind} IS LEFT OUT: {reason}", file=sys.stderr)
                 continue
-            workers[kind] = Worker(kind, folder, threads, script)
+            workers[kind] = Worker(kind, folder, threads, engine.script)
     return workers
 
 
@@ -220,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", choices=sorted({kind.split("_")[0] for kind in PEERS}), default=[])
     parser.add_argument("--quick", action="store_true", help="fewer repeats, transformers as the only peer")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be given repeatedly")
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread, for busy machines")
@@ -238,13 +248,15 @@ def main() -> None:
         versions = {kind: worker.ask("about") for kind, worker in workers.items()}
         bench = Bench(workers, asked.repeats or (3 if asked.quick else 9))
         ceiling = max(workers["bf16"].ask("gemm") for _ in range(2 if asked.quick else 4))
-        measure(bench, asked.quick)
+        measure(bench, asked.quick, asked.part or PARTS)
         ceiling = max(ceiling, workers["bf16"].ask("gemm"))
         peaks = {kind: worker.ask("peak") for kind, worker in workers.items()}
     finally:
         for worker in workers.values():
             worker.close()
-    cold = cold_starts(folder, threads, 1 if asked.quick else 5)
+    cold = []
+    if "cold" in (asked.part or PARTS):
+        cold = cold_starts(folder, threads, 1 if asked.quick else 5)
     own = [kind for kind in workers if kind not in PEERS]
     result = {
         "machine": about | {"bf16_gemm_gflops": ceiling, "load_after": os.getloadavg()[0]},
@@ -252,7 +264,7 @@ def main() -> None:
         "ours": {kind: bench.report(kind) | {"peak_bytes": peaks[kind]} for kind in own},
         "peers": {kind: bench.report(kind) | {"peak_bytes": peaks[kind]} for kind in workers if kind in PEERS},
         "ratios": ratios(bench, ceiling, folder),
-        "cold_start_s": statistics.median(cold),
+        "cold_start_s": statistics.median(cold) if cold else None,
     }
     if asked.save:
         target = HERE / "results" / f"engine-{about['date']}.json"

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,28 +211,33 @@ def peak_bytes() -> int:
     return 0
 
 
-def main() -> None:
-    """``engine_workers.py KIND FOLDER``: serve commands until the input ends."""
-    kind, folder = sys.argv[1], Path(sys.argv[2])
+def serve(make: Callable[[], Any]) -> None:
+    """Make a worker and have it obey commands until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print must not mix with the answers
-    if kind == "cold":
-        cold_start(folder)
-        return
-    makers = {
-        "bf16": lambda: Ours(folder, None, None),
-        "int8": lambda: Ours(folder, "int8", "int8"),
-        "int4": lambda: Ours(folder, "int4", None),
-        "fallback": lambda: Ours(folder, None, None),
-        "transformers": lambda: Transformers(folder),
-    }
-    worker: Any = makers[kind]()
+    worker: Any = make()
     for line in sys.stdin:
         command = json.loads(line)
         name = command.pop("do")
         result = peak_bytes() if name == "peak" else getattr(worker, name)(**command)
         answers.write(json.dumps(result) + "\n")
         answers.flush()
+
+
+def main() -> None:
+    """``engine_workers.py KIND FOLDER``: serve commands until the input ends."""
+    kind, folder = sys.argv[1], Path(sys.argv[2])
+    if kind == "cold":
+        cold_start(folder)
+        return
+    makers: dict[str, Callable[[], Any]] = {
+        "bf16": lambda: Ours(folder, None, None),
+        "int8": lambda: Ours(folder, "int8", "int8"),
+        "int4": lambda: Ours(folder, "int4", None),
+        "fallback": lambda: Ours(folder, None, None),
+        "transformers": lambda: Transformers(folder),
+    }
+    serve(makers[kind])
 
 
 if __name__ == "__main__":
