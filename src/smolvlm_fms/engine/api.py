@@ -287,7 +287,7 @@ def _backend(
         return GraphRunner(model, _kv_tokens(model, config), banned, compile_step=config.compile_decode)
     if quantize is not None or quantize_tower is not None:
         raise ConfigurationError(
-            f"Quantised weights need a SmolVLM in bfloat16 on the CPU and packed=True, or a GPU (text model only); "
+            f"Quantised weights need a model in bfloat16 on the CPU and packed=True, or a GPU (text model only); "
             f"this model is in {weight.dtype} on {weight.device}."
         )
     return ModelRunner(model, _kv_tokens(model, config), banned)

@@ -13,13 +13,14 @@ import torch
 
 from smolvlm_fms.engine import kernels
 from smolvlm_fms.engine.config import BLOCK
-from smolvlm_fms.engine.packed import kernel_text, pack_text, pack_tower
+from smolvlm_fms.engine.packed import kernel_text, pack_llava_tower, pack_text, pack_tower
 from smolvlm_fms.engine.runner import ModelRunner, Rows, embed_prompt
 from smolvlm_fms.engine.sampler import sample
 from smolvlm_fms.engine.sequence import Picture, Sampled, Sequence
 from smolvlm_fms.engine.torch_text import TorchText
-from smolvlm_fms.engine.tower import PackedTower
+from smolvlm_fms.engine.tower import PackedLlavaTower, PackedTower
 from smolvlm_fms.errors import ConfigurationError
+from smolvlm_fms.model.llava_next import LlavaNext
 from smolvlm_fms.model.packing import patch_mask
 from smolvlm_fms.model.smolvlm import SmolVLM
 
@@ -38,7 +39,7 @@ def suits(model: Any) -> bool:
     weight = model.text_model.base_model.dec_norm.weight
     config = model.config
     return bool(
-        isinstance(model, SmolVLM)
+        isinstance(model, SmolVLM | LlavaNext)
         and weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
         and config.text.hidden_act == "silu"
@@ -49,7 +50,7 @@ def suits(model: Any) -> bool:
     )
 
 
-def pack_model(model: SmolVLM, quantize: str | None = None, quantize_tower: str | None = None) -> None:
+def pack_model(model: SmolVLM | LlavaNext, quantize: str | None = None, quantize_tower: str | None = None) -> None:
     """Pack a model's linears in place. ``quantize``: None, ``"int8"`` or ``"int4"`` for the text model; the head keeps
     eight bits. ``quantize_tower``: None or ``"int8"`` (8-bit weights and activations)."""
     if quantize not in QUANTIZED:
@@ -57,18 +58,34 @@ def pack_model(model: SmolVLM, quantize: str | None = None, quantize_tower: str 
     if quantize_tower not in (None, "int8"):
         raise ConfigurationError(f"quantize_tower is {quantize_tower!r}; it is None or 'int8'.")
     pack_text(model.text_model, *QUANTIZED[quantize])
-    pack_tower(model.vision_tower, model.connector, "bf16" if quantize_tower is None else "int8_channel")
+    kind = "bf16" if quantize_tower is None else "int8_channel"
+    if isinstance(model, LlavaNext):
+        pack_llava_tower(model.vision_tower, model.projector, model.config.feature_layers, kind)
+    else:
+        pack_tower(model.vision_tower, model.connector, kind)
+
+
+def _tower(model: SmolVLM | LlavaNext) -> Any:
+    if isinstance(model, LlavaNext):
+        return PackedLlavaTower(model.vision_tower, model.projector, model.config.feature_layers)
+    return PackedTower(model.vision_tower, model.connector)
 
 
 class _Tower:
     """Encoding, shared by both runners."""
 
-    tower: PackedTower
-    model: SmolVLM
+    tower: Any
+    model: Any
 
     @torch.inference_mode()
     def encode(self, picture: Picture, first: int, count: int) -> None:
         """Run tiles through tower and connector."""
+        if isinstance(self.model, LlavaNext):
+            model, (pixels_NCHW, size) = self.model, picture.resolve()
+            picture.add(
+                self.tower(pixels_NCHW[first : first + count]), lambda parts: model.join_picture(torch.cat(parts), size)
+            )
+            return
         pixels_NCHW, mask_NHW = picture.resolve()
         mask = None
         if mask_NHW is not None and not bool(mask_NHW[first : first + count].all()):
@@ -79,9 +96,9 @@ class _Tower:
 class FallbackRunner(_Tower, ModelRunner):
     """Without our kernels: the exact path's cache, packed linears of oneDNN, few operations between them."""
 
-    def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+    def __init__(self, model: SmolVLM | LlavaNext, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
         super().__init__(model, kv_tokens, banned)
-        self.tower = PackedTower(model.vision_tower, model.connector)
+        self.tower = _tower(model)
         self.text = TorchText(model.text_model)
 
     def _forward(self, hidden_BTD: torch.Tensor, positions_BT: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -91,10 +108,10 @@ class FallbackRunner(_Tower, ModelRunner):
 class CpuRunner(_Tower):
     """A Backend on our kernels, for a model that ``pack_model`` has packed."""
 
-    def __init__(self, model: SmolVLM, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
-        self.model = model.eval()
+    def __init__(self, model: SmolVLM | LlavaNext, kv_tokens: int, banned: SequenceOf[int] = ()) -> None:
+        self.model: Any = model.eval()
         self.banned = tuple(banned)
-        self.tower = PackedTower(model.vision_tower, model.connector)
+        self.tower = _tower(model)
         self.text = kernel_text(model.text_model)
         self.kv_tokens = kv_tokens // BLOCK * BLOCK
         self.cache = self.text.new_cache(self.kv_tokens)

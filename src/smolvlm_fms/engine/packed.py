@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,16 @@ from smolvlm_fms.engine.linears import make_linear
 from smolvlm_fms.modules.text import TextModel
 from smolvlm_fms.modules.vision import SiglipTower
 
-__all__ = ["PackedEmbedding", "PackedGLU", "PackedMLP", "PackedQKV", "kernel_text", "pack_text", "pack_tower"]
+__all__ = [
+    "PackedEmbedding",
+    "PackedGLU",
+    "PackedMLP",
+    "PackedQKV",
+    "kernel_text",
+    "pack_llava_tower",
+    "pack_text",
+    "pack_tower",
+]
 
 
 class PackedQKV(nn.Module):
@@ -83,13 +93,28 @@ class PackedEmbedding(nn.Module):
         return rows
 
 
-def pack_tower(tower: SiglipTower, connector: Any, kind: str = "bf16") -> None:
-    """Pack the blocks of a SigLIP tower, and the connector's projection (always bf16)."""
+def pack_blocks(tower: SiglipTower, kind: str = "bf16", depth: int | None = None) -> None:
+    """Pack a tower's first ``depth`` blocks (None: all)."""
     fuse = tower.config.hidden_act == "gelu_pytorch_tanh"
-    for block in tower.layers:
+    blocks: list[Any] = list(tower.layers[:depth])
+    for block in blocks:
         _pack_attention(block.attn, kind)
         block.mlp = PackedMLP(block.mlp, fuse, kind)
+
+
+def pack_tower(tower: SiglipTower, connector: Any, kind: str = "bf16") -> None:
+    """Pack SmolVLM's tower, and the connector's projection (always bf16)."""
+    pack_blocks(tower, kind)
     connector.proj = make_linear(connector.proj.weight, connector.proj.bias)
+
+
+def pack_llava_tower(tower: SiglipTower, projector: Any, layers: Sequence[int], kind: str = "bf16") -> None:
+    """Pack the blocks of LLaVA-Next's tower up to the deepest tap, and the projector (always bf16). The blocks behind
+    are never run: they stay in the checkpoint's file."""
+    pack_blocks(tower, kind, max(layer if layer >= 0 else len(tower.layers) + 1 + layer for layer in layers))
+    for name in ("linear_1", "linear_2"):
+        linear = getattr(projector, name)
+        setattr(projector, name, make_linear(linear.weight, linear.bias))
 
 
 def pack_text(text: TextModel, kind: str = "bf16", head_kind: str = "bf16") -> None:
