@@ -93,8 +93,8 @@ def convert(
 
 def _rounding(source: Source, written: Any, dtype: torch.dtype) -> list[Check]:
     """What the conversion to another dtype costs, for information. ``written`` has been widened to fp32 by now."""
-    stored = load_model(source.folder, vision_only=True)
-    if next(stored.parameters()).dtype == dtype:
+    stored = next(load_model(source.folder, vision_only=True).parameters()).dtype
+    if torch.promote_types(stored, dtype) == dtype:  # a wider type holds every value
         return []
     exact = source.load(next(written.parameters()).dtype)
     cases = make_cases(source.folder, exact.config)

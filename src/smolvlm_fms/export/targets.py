@@ -14,9 +14,10 @@ __all__ = ["TARGETS", "Target", "make_target", "weight_bytes"]
 _HOMES = {
     "hf": "smolvlm_fms.export.folders:HfFolder",
     "fms": "smolvlm_fms.export.folders:FmsFolder",
+    "gguf": "smolvlm_fms.export.gguf:GgufFiles",
 }
 TARGETS = tuple(_HOMES)
-_QUANTIZED: dict[str, str] = {}
+_QUANTIZED: dict[str, str] = {"gguf": "smolvlm_fms.export.gguf:GgufFiles"}
 """Targets that take ``quantize``, and who writes them then."""
 
 
