@@ -106,7 +106,7 @@ def test_records_of_other_shapes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="needs 'messages'"):
         read_record({"text": "x"}, tmp_path, "bad")
     with pytest.raises(InputError, match="cannot be trained on"):
-        read_record({"messages": [{"role": "user", "content": [{"type": "video", "path": "v"}]}]}, tmp_path, "bad")
+        read_record({"messages": [{"role": "user", "content": [{"type": "audio", "path": "a"}]}]}, tmp_path, "bad")
     part = {"role": "user", "content": [{"type": "image"}]}
     with pytest.raises(InputError, match="has no picture"):
         read_record({"messages": [part]}, tmp_path, "bad")

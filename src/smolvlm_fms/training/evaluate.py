@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def model_inputs(batch: dict[str, Tensor], masked: bool = False) -> dict[str, An
     attention operator that takes one after the other, or, ``masked``, by a mask, which ``torch.compile`` and GPUs like
     better.
     """
-    names = ("input_ids", "pixel_values", "pixel_attention_mask", "position_ids")
+    names = ("input_ids", "pixel_values", "pixel_attention_mask", "image_sizes", "position_ids")
     inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
     if "position_ids" not in batch:
         return inputs
@@ -103,7 +104,7 @@ class Evaluator:
 def greedy(model: nn.Module, sample: Sample, length: int, max_new_tokens: int, stop: Collection[int]) -> list[int]:
     """The most likely continuation of the first ``length`` tokens of a sample, up to a stop token (left out)."""
     device = next(model.parameters()).device
-    cut = Sample(sample.input_ids[:length], sample.labels[:length], sample.pixel_values, sample.pixel_attention_mask)
+    cut = replace(sample, input_ids=sample.input_ids[:length], labels=sample.labels[:length])
     inputs: dict[str, Any] = model_inputs(to_device(collate([cut], 0), device))
     said: list[int] = []
     while True:

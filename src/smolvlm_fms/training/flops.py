@@ -29,7 +29,10 @@ def batch_flops(model: Any, batch: Batch) -> float:
     """
     config = model.config
     rows, length = batch["input_ids"].shape
-    tiles = int((batch["input_ids"] == config.image_token_id).sum()) // config.tokens_per_tile
+    if "image_sizes" in batch:
+        tiles = len(batch["pixel_values"])
+    else:
+        tiles = int((batch["input_ids"] == config.image_token_id).sum()) // config.tokens_per_tile
     patches = config.vision.patches_per_side**2
     tower, connector, text, head = weight_counts(model)
     learnt = int((batch["labels"] != -100).sum())

@@ -133,7 +133,14 @@ def with_tiles(batch: Batch, config: Any) -> Batch:
     if "pixel_values" in batch:
         return batch
     rows, length = batch["input_ids"].shape
-    tokens, side = config.tokens_per_tile, config.vision.image_size
+    side, channels = config.vision.image_size, config.vision.num_channels
+    pixels: Batch = {"pixel_values": torch.zeros(rows + 1, 1, channels, side, side)}
+    tokens = config.tokens_per_tile
+    if hasattr(config, "resolution"):  # LLaVA-Next: a picture of one tile's size, and its overview
+        size = (side, side)
+        tokens = config.resolution.num_tokens(size)
+        pixels = {"pixel_values": torch.zeros(config.resolution.num_tiles(size), channels, *size)}
+        pixels["image_sizes"] = torch.tensor([size])
     wide = max(length, tokens)
     fill = {"input_ids": 0, "labels": IGNORE, "segments": 0, "position_ids": 0}
     grown: Batch = {}
@@ -142,8 +149,7 @@ def with_tiles(batch: Batch, config: Any) -> Batch:
             grown[name] = torch.full((rows + 1, wide), value, dtype=torch.int64)
             grown[name][:rows, :length] = batch[name]
     grown["input_ids"][rows, :tokens] = config.image_token_id
-    grown["pixel_values"] = torch.zeros(rows + 1, 1, config.vision.num_channels, side, side)
-    return grown
+    return grown | pixels
 
 
 def blank_copy(model: nn.Module) -> nn.Module:

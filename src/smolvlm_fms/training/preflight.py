@@ -207,6 +207,8 @@ def _reason(problem: str) -> str:
         return "too long"
     if "no answer" in problem:
         return "no answer to learn"
+    if problem.startswith("Video "):
+        return "unreadable video"
     return "unreadable picture" if "picture" in problem and "pictures of" not in problem else "broken record"
 
 

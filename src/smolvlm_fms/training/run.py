@@ -20,7 +20,7 @@ from smolvlm_fms.bundle import folder_of
 from smolvlm_fms.errors import ConfigurationError, TrainingError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
 from smolvlm_fms.fms_bridge.saving import save_pretrained
-from smolvlm_fms.processing.processor import SmolVLMProcessor
+from smolvlm_fms.processing.factory import load_processor
 from smolvlm_fms.training.checkpoint import write_atomically
 from smolvlm_fms.training.config import TrainConfig
 from smolvlm_fms.training.conversation import Encoder
@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, R
 
         torch.manual_seed(config.seed)
         add_adapters(model, config.lora)
-    processor = SmolVLMProcessor.from_pretrained(folder, **config.data.image)
+    processor = load_processor(folder, **config.data.image)
     tokenizer = processor.tokenizer
     encoder = Encoder(processor, config.data.max_length, config.data.too_long == "cut")
     config.run.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,8 @@ def prepare(config: TrainConfig, group: Group | None = None) -> tuple[Trainer, R
     evaluator = None
     if config.data.eval:
         samples = read_samples(config.data.eval, encoder, max(config.eval.loss_samples, config.eval.generations))
-        stop = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(processor.end_of_utterance_token)} - {None}
+        ends = getattr(processor, "end_of_utterance_token", None)
+        stop = {tokenizer.eos_token_id, None if ends is None else tokenizer.convert_tokens_to_ids(ends)} - {None}
         evaluator = Evaluator(samples, lambda ids: str(tokenizer.decode(ids, True)), stop, pad, config.eval)
     batches = PlannedBatches(plan, encoder, pad, config.data.workers)
     final = _Final(config, processor, str(config.model))

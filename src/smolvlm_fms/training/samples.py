@@ -19,7 +19,7 @@ IGNORE = -100
 Batch = dict[str, Tensor]
 """input_ids, labels, segments (B, T) int64: segments number the samples of a row from 1, and 0 is padding; position_ids
 (B, T) where rows hold several packed samples; pixel_values (B, N, C, H, W) and pixel_attention_mask (B, N, H, W) where
-there are pictures."""
+there are pictures; for LLaVA-Next pixel_values (all tiles, C, H, W) and image_sizes (M, 2) instead."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Sample:
 
     input_ids (T,) int64, placeholders expanded; labels (T,) int64: the token itself where it is learnt, else IGNORE;
     pixel_values (N, C, H, W) float32 as the processor gives it, or uint8; pixel_attention_mask (N, H, W) or None.
+    image_sizes (M, 2) int64, for LLaVA-Next: (height, width) of the M pictures whose tiles the N are.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Sample:
     pixel_values: Tensor | None = None
     pixel_attention_mask: Tensor | None = None
     name: str = ""
+    image_sizes: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -83,11 +85,13 @@ def join(samples: Sequence[Sample]) -> Sample:
         for sample in samples if sample.pixel_values is not None
     ]  # fmt: skip
     masked = any(sample.pixel_attention_mask is not None for sample in samples)
+    sizes = [sample.image_sizes for sample in samples if sample.image_sizes is not None]
     return Sample(
         torch.cat([sample.input_ids for sample in samples]),
         torch.cat([sample.labels for sample in samples]),
         torch.cat(pixels) if pixels else None,
         torch.cat(masks) if masked else None,
+        image_sizes=torch.cat(sizes) if sizes else None,
     )
 
 
@@ -101,6 +105,9 @@ def stack_pixels(rows: Sequence[Sample]) -> Batch:
     if any(pixels.shape[1:] != shape or pixels.dtype != dtype for pixels in shown):
         kinds = sorted({f"{tuple(pixels.shape[1:])} {pixels.dtype}" for pixels in shown})
         raise InputError(f"All tiles of a batch must have one shape and dtype; {', '.join(kinds)} came.")
+    sizes = [sample.image_sizes for sample in rows if sample.image_sizes is not None]
+    if sizes:  # LLaVA-Next takes the pictures of all rows one after the other
+        return {"pixel_values": torch.cat(shown), "image_sizes": torch.cat(sizes)}
     pixels_BNCHW = torch.zeros(len(rows), most, *shape, dtype=dtype)
     for row, pixels in enumerate(tiles):
         if pixels is not None:
