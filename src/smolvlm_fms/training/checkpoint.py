@@ -2,7 +2,8 @@
 
     checkpoints/step-0000500/state.safetensors     trained weights, optimizer moments, averages (or DCP's shards)
     checkpoints/step-0000500/state.json            step, fingerprint of the frozen weights; written last
-    checkpoints/.writing-step-0000500/             what a dying process leaves behind; removed at the next start
+    checkpoints/.writing-step-0000500/             what a dying process leaves behind (or .removing-…); removed at the
+                                                   next start
 
 Frozen weights are not written: they come from the model that the run started from, and the fingerprint proves it.
 """
@@ -51,8 +52,9 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what an interrupted write left."""
-        for path in self.folder.glob(".writing-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for pattern in (".writing-*", ".removing-*"):
+            for path in self.folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
         """Write a checkpoint of one process; raises OSError (disk full …) and leaves older ones as they were."""
@@ -75,12 +77,19 @@ class CheckpointFolder:
             if file.is_file():
                 _sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            self._remove(path)
         os.rename(staging, path)
         _sync(self.folder)
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+            self._remove(self.path(old))
         return path
+
+    def _remove(self, path: Path) -> None:
+        """Remove a checkpoint; it stops counting at once, so half of one is never left under its name."""
+        doomed = self.folder / f".removing-{path.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def facts(self, step: int) -> dict[str, Any]:
         """What ``state.json`` of ``step`` says."""
