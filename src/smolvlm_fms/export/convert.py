@@ -60,7 +60,7 @@ def convert(
     """
     started = time.perf_counter()
     target = make_target(to, quantize)
-    chosen = _dtype(dtype)
+    chosen = _dtype(dtype) or target.dtype
     source = find_source(model, adapter)
     out = Path(out).expanduser()
     with output_folder(out, source.folder, force) as output:

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smolvlm_fms.export.checks import Check, compare, for_checking, make_cases, own_forward, same_tensors
 from smolvlm_fms.export.output import copy_processor_files
 from smolvlm_fms.export.targets import weight_bytes
@@ -19,6 +21,8 @@ __all__ = ["FmsFolder", "HfFolder"]
 
 class _Folder:
     """``config.json``, safetensors and the processor's files."""
+
+    dtype: torch.dtype | None = None
 
     source_name: str
 
@@ -62,7 +66,6 @@ class FmsFolder(_Folder):
     source_name = "fms"
 
     def _others(self, model: Any, source: Path, out: Path) -> list[Check]:
-        import torch
         from fms.models import get_model
 
         architecture = architecture_of(model.config.model_type)

@@ -35,6 +35,8 @@ BLOCK = 32
 class GgufFiles:
     """Two files, for llama.cpp."""
 
+    dtype: torch.dtype | None = None
+
     def __init__(self, quantize: str | None = None) -> None:
         self.quantize = quantize
         self._package = gguf_package()

@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.export.checks import Check
 
@@ -15,6 +17,7 @@ _HOMES = {
     "hf": "smolvlm_fms.export.folders:HfFolder",
     "fms": "smolvlm_fms.export.folders:FmsFolder",
     "gguf": "smolvlm_fms.export.gguf:GgufFiles",
+    "onnx": "smolvlm_fms.export.onnx:OnnxFolder",
 }
 TARGETS = tuple(_HOMES)
 _QUANTIZED: dict[str, str] = {"gguf": "smolvlm_fms.export.gguf:GgufFiles"}
@@ -22,7 +25,9 @@ _QUANTIZED: dict[str, str] = {"gguf": "smolvlm_fms.export.gguf:GgufFiles"}
 
 
 class Target(Protocol):
-    """A format that models are written in."""
+    """A format that models are written in. ``dtype``: of the weights where the user says nothing (None: their own)."""
+
+    dtype: torch.dtype | None
 
     def expected_bytes(self, model: Any) -> int:
         """About how much will be written."""
