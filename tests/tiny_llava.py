@@ -45,7 +45,7 @@ TEXT = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {
         "vision_config": SIGLIP,
-        "text_config": {**TEXT, **GRANITE},
+        "text_config": {**TEXT, **GRANITE, "tie_word_embeddings": True},  # transformers 4 reads it here
         "vision_feature_select_strategy": "full",
         "vision_feature_layer": [-6, -5, -3, -1],
         "tie_word_embeddings": True,
@@ -64,8 +64,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_llava(folder: str | Path, family: str, *, seed: int = 0) -> Path:
-    """Save a random checkpoint of ``family`` (a key of FAMILIES) into ``folder``."""
+def build_llava(folder: str | Path, family: str, *, seed: int = 0, text: dict[str, Any] | None = None) -> Path:
+    """Save a random checkpoint of ``family`` (a key of FAMILIES) into ``folder``; ``text``: fields to override."""
     from transformers import LlavaNextConfig as Config
     from transformers import LlavaNextForConditionalGeneration as Model
 
@@ -74,6 +74,7 @@ def build_llava(folder: str | Path, family: str, *, seed: int = 0) -> Path:
         "image_grid_pinpoints": [[30, 60], [60, 30], [60, 60], [90, 30], [30, 90]],
         **FAMILIES[family],
     }
+    values["text_config"] = {**values["text_config"], **(text or {})}
     model = Model(Config(**values)).eval()
     _randomise(model, seed)
     model.tie_weights()

@@ -84,6 +84,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
                         "num_attention_heads": 3, "num_key_value_heads": 1},
     },
     "granite": {"model_type": "smolvlm", "scale_factor": 2, "text_config": {**TEXT, **GRANITE}},
+    "docling": {  # granite-docling: Idefics3 around Granite, one tensor for head and embedding
+        "model_type": "idefics3",
+        "scale_factor": 2,
+        "tie_word_embeddings": True,
+        # A tied head repeats what it read, unless the layers have their say.
+        "text_config": {**TEXT, **GRANITE, "embedding_multiplier": 1.5, "residual_multiplier": 1.3,
+                        "tie_word_embeddings": True},
+    },
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=["smolvlm", "tied", "granite"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    folder = build_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+    folder = build_checkpoint(tmp_path_factory.mktemp(f"hf-{request.param}-"), request.param)
     theirs, ours = load_peer(folder), to_hf_api(load_model(folder))
     for model in (theirs, ours):
         model.generation_config.pad_token_id = 2

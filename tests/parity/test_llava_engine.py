@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import smolvlm_fms as sv
 from smolvlm_fms.engine import kernels
@@ -145,6 +146,7 @@ def test_bf16_and_a_prompt_in_chunks(tmp_path: Path) -> None:
     assert packed.ask(PICTURES[0], "What?", **options).tokens
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="verify compares with transformers 5, and says so")
 @pytest.mark.parametrize("family", ["granite", "mistral"])
 def test_verify_certifies_a_folder(tmp_path: Path, family: str) -> None:
     """Ids, pixels, features, logits and greedy text of one folder, as ``smolvlm verify`` compares them."""

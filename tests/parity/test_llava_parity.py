@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,7 @@ class Pair(NamedTuple):
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    folder = build_llava(tmp_path_factory.mktemp(request.param), request.param)
+    folder = build_llava(tmp_path_factory.mktemp(f"llava-{request.param}-"), request.param)
     with torch.no_grad():
         yield Pair(folder, load_model(folder, scale_logits=False), load_llava_peer(folder))
 
@@ -60,7 +61,8 @@ def test_pictures_matter(pair: Pair) -> None:
 def test_image_features(pair: Pair) -> None:
     batch = make_llava_batch(pair.folder, [[3, 1, 4, 5]])
     pixels, sizes = batch["pixel_values"], batch["image_sizes"]
-    theirs = pair.theirs.get_image_features(pixels, sizes).pooler_output
+    theirs = pair.theirs.get_image_features(pixels, sizes)
+    theirs = getattr(theirs, "pooler_output", theirs)  # transformers 4 gives the list alone
     ours = pair.ours.encode_images(pixels, sizes).features
     assert [len(t) for t in theirs] == [len(o) for o in ours]
     assert max(gap(o, t) for o, t in zip(ours, theirs, strict=True)) <= FP32_LIMIT
@@ -155,7 +157,7 @@ def test_behind_transformers_interface(pair: Pair, tmp_path: Path) -> None:
 
 def hub_layout(name: str) -> str:
     """Names of the hub's own checkpoints, and of everything before transformers 5.20."""
-    return re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name)
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
 
 
 def memory_layout(name: str) -> str:
@@ -169,7 +171,8 @@ def memory_layout(name: str) -> str:
 def test_older_layouts_are_read(pair: Pair, tmp_path: Path, layout: Callable[[str], str]) -> None:
     state = load_file(pair.folder / "model.safetensors")
     renamed = {layout(name): tensor for name, tensor in state.items()}
-    assert set(renamed) != set(state)
+    same = layout is hub_layout and int(transformers.__version__.split(".")[0]) < 5  # transformers 4 writes that one
+    assert (set(renamed) == set(state)) == same
     (tmp_path / "config.json").write_text((pair.folder / "config.json").read_text())
     save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
     batch = make_llava_batch(pair.folder, [[0]])

@@ -7,20 +7,22 @@ replaced by one that looks at the checkpoint's ``model_type`` first and otherwis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import (
     AutoConfig,
+    AutoModel,
     Idefics3Config,
     LlavaNextConfig,
     SmolVLMConfig,
 )
 
+from smolvlm_fms.errors import InputError
 from smolvlm_fms.fms_bridge.loading import resolve_folder
-from smolvlm_fms.hf.adapter import FmsForConditionalGeneration
+from smolvlm_fms.hf.adapter import FmsForConditionalGeneration, FmsModel
 from smolvlm_fms.hf.processors import FmsProcessor
 from smolvlm_fms.processing import load_processor
 from smolvlm_fms.processing.video import SmolVLMVideoProcessor
@@ -51,19 +53,48 @@ class FmsLlavaNext(FmsForConditionalGeneration):
     config_class = LlavaNextConfig
 
 
-_CLASSES = {"smolvlm": FmsSmolVLM, "idefics3": FmsIdefics3, "llava_next": FmsLlavaNext}
+class FmsSmolVLMModel(FmsModel):
+    """Ours for ``model_type`` smolvlm, without the head."""
+
+    config_class = SmolVLMConfig
 
 
-def register(model_types: tuple[str, ...] = MODEL_TYPES) -> None:
-    """From now on AutoModelForImageTextToText, AutoProcessor, AutoImageProcessor, AutoVideoProcessor and
+class FmsIdefics3Model(FmsModel):
+    """Ours for ``model_type`` idefics3, without the head."""
+
+    config_class = Idefics3Config
+
+
+class FmsLlavaNextModel(FmsModel):
+    """Ours for ``model_type`` llava_next, without the head."""
+
+    config_class = LlavaNextConfig
+
+
+_CLASSES: dict[str, tuple[Any, Any]] = {
+    "smolvlm": (FmsSmolVLM, FmsSmolVLMModel),
+    "idefics3": (FmsIdefics3, FmsIdefics3Model),
+    "llava_next": (FmsLlavaNext, FmsLlavaNextModel),
+}
+"""With the head, and without."""
+
+
+def register(model_types: Sequence[str] = MODEL_TYPES) -> None:
+    """From now on AutoModelForImageTextToText, AutoModel, AutoProcessor, AutoImageProcessor, AutoVideoProcessor and
     ``pipeline("image-text-to-text")`` give this package's classes for checkpoints of ``model_types``
-    (``smolvlm``, ``idefics3``; also ``llava_next`` where it is named). Calling it again changes the types.
+    (``smolvlm``, ``idefics3``; also ``llava_next`` where it is named). Calling it again changes the types. Raises
+    InputError for other types.
     """
+    model_types = (model_types,) if isinstance(model_types, str) else tuple(model_types)
+    unknown = sorted(set(map(str, model_types)) - set(_CLASSES))
+    if unknown:
+        raise InputError(f"register() does not know {unknown}; it has {', '.join(_CLASSES)}.")
     unregister()
     for model_type in model_types:
-        cls = _CLASSES[model_type]
+        whole, headless = _CLASSES[model_type]
         for auto in _model_factories():
-            auto.register(cls.config_class, cls, exist_ok=True)
+            auto.register(whole.config_class, whole, exist_ok=True)
+        AutoModel.register(headless.config_class, headless, exist_ok=True)
     factories: dict[str, Callable[..., Any]] = {
         "AutoProcessor": FmsProcessor.from_pretrained,
         "AutoImageProcessor": _image_processor,
@@ -83,11 +114,11 @@ def register(model_types: tuple[str, ...] = MODEL_TYPES) -> None:
 
 def unregister() -> None:
     """Give transformers its own classes back. Does nothing where ``register`` was not called."""
-    for auto in _model_factories():
+    for auto in (*_model_factories(), AutoModel):
         extra = auto._model_mapping._extra_content
-        for cls in _CLASSES.values():
-            if extra.get(cls.config_class) is cls:
-                del extra[cls.config_class]
+        for classes in _CLASSES.values():
+            if extra.get(classes[0].config_class) in classes:
+                del extra[classes[0].config_class]
     for name, original in _originals.items():
         if isinstance(original, type):
             setattr(transformers, name, original)
