@@ -1,17 +1,30 @@
-"""transformers' Trainer, peft's LoRA and TRL's SFTTrainer: the adapted model's losses are the plain model's."""
+"""transformers' Trainer, peft's LoRA and TRL's SFTTrainer: the adapted model's losses are the plain model's.
+
+And our own trainer: on samples of every kind its losses are those of transformers' model in a plain loop.
+"""
 
 from __future__ import annotations
 
+import json
 import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.hf import to_hf_api
+from smolvlm_fms.training.config import TrainConfig
+from smolvlm_fms.training.run import prepare
+from tests.tiny import build_tokenizer
+from tests.tiny_llava import build_llava, load_llava_peer
 from tests.tiny_models import build_checkpoint, load_peer, make_batch
+from tests.unit.test_train_run import settings
+from tests.unit.training_helpers import read_lines, tiny_checkpoint
+from tests.videos import make_video
 
 STEPS = 4
 
@@ -109,8 +122,6 @@ def test_trl(folder: Path, samples: Any, tmp_path: Path) -> None:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from tests.tiny import build_tokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(build_tokenizer(tmp_path / "tokenizer"))
     rows = Dataset.from_list([{n: v.tolist() for n, v in sample.items()} for sample in samples])
     options = {
@@ -123,3 +134,98 @@ def test_trl(folder: Path, samples: Any, tmp_path: Path) -> None:
         for model in models
     )
     assert_learns_alike(ours, theirs)
+
+
+def write_mixed(folder: Path, videos: bool) -> Path:
+    """Words alone, one picture, two pictures of other shapes and (where the model knows them) a video, twice each."""
+    folder.mkdir()
+    for number, size in enumerate([(60, 40), (33, 90), (50, 50)]):
+        Image.new("RGB", size, (80 * number, 120, 60)).save(folder / f"{number}.png")
+    (folder / "clip.mp4").write_bytes(make_video(30, fps=10))
+    image = [{"type": "image", "path": f"{number}.png"} for number in range(3)]
+    kinds = [[], [image[0]], [image[1], image[2]], [{"type": "video", "path": "clip.mp4"}]][: 4 if videos else 3]
+    lines = []
+    for parts in kinds * 2:
+        asked = {"role": "user", "content": [*parts, {"type": "text", "text": "What is shown?"}]}
+        said = {"role": "assistant", "content": [{"type": "text", "text": "colour " * (1 + len(lines) % 3)}]}
+        lines.append(json.dumps({"messages": [asked, said]}))
+    (folder / "mixed.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "mixed.jsonl"
+
+
+def assert_same_curve(peer: Any, base: Path, data: Path, run: Path, **peer_inputs: Any) -> None:
+    """Our trainer packs samples into rows; transformers' model sees each by itself; losses and norms are equal."""
+    changes: dict[str, Any] = {
+        "steps": STEPS, "optim": {"lr": 3e-3, "schedule": "constant", "warmup": 0, "weight_decay": 0.0},
+        "data": {"max_length": 512, "rows": 2, "window": 8}, "accumulate": 2,
+    }  # fmt: skip
+    trainer, report = prepare(TrainConfig(**settings(run, base, data, **changes)))
+    assert report.sources[0].dropped == {}
+    plan = trainer.batches.plan  # type: ignore[attr-defined]
+    encoder, source = trainer.batches.make.encoder, plan.sources[0].source  # type: ignore[attr-defined]
+    steps = [list(pair) for pair in zip(*[islice(plan.batches(), 2 * STEPS)] * 2, strict=True)]
+    trainer.run()
+    ours = read_lines(run / "metrics.jsonl")
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    for step, batches in enumerate(steps):
+        samples = [encoder.encode(source.read(draw.item)) for batch in batches for row in batch for draw in row]
+        targets = sum(sample.targets for sample in samples)
+        losses = []
+        for sample in samples:
+            inputs = {"input_ids": sample.input_ids[None], "labels": sample.labels[None]}
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            if sample.image_sizes is not None:
+                counts = [peer_inputs["tiles"](tuple(size)) for size in sample.image_sizes.tolist()]
+                pictures = sample.pixel_values.split(counts)
+                padded = torch.nn.utils.rnn.pad_sequence(list(pictures), batch_first=True)
+                inputs |= {"pixel_values": padded, "image_sizes": sample.image_sizes}
+            elif sample.pixel_values is not None:
+                inputs["pixel_values"] = sample.pixel_values[None]
+            loss = peer(**inputs).loss * sample.targets / targets
+            loss.backward()
+            losses.append(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert ours[step]["loss"] == pytest.approx(sum(losses), rel=1e-4), f"step {step + 1}"
+        assert ours[step]["grad_norm"] == pytest.approx(float(norm), rel=1e-3), f"step {step + 1}"
+    assert ours[-1]["loss"] < ours[0]["loss"]
+
+
+def test_our_trainer_smolvlm(tmp_path: Path) -> None:
+    base = tiny_checkpoint(tmp_path / "base")
+    peer = load_peer(base).train()
+    assert_same_curve(peer, base, write_mixed(tmp_path / "data", videos=True), tmp_path / "run")
+    from transformers import AutoModelForImageTextToText
+
+    final, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "run" / "final", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), "loaders that take tensors by name find each, and no other"
+    trained = load_model(tmp_path / "run" / "final")
+    ids = torch.arange(20, 40)[None]
+    assert torch.allclose(final(ids).logits, trained(ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["granite", "mistral"])
+def test_our_trainer_llava_next(tmp_path: Path, family: str) -> None:
+    base = build_llava(tmp_path / "base", family)
+    build_tokenizer(base)
+    (base / "preprocessor_config.json").write_text(json.dumps(LLAVA_PICTURES))
+    peer = load_llava_peer(base).train()
+    model = load_model(base)
+    if family == "granite":  # transformers' LLaVA-Next leaves Granite's divisor of the logits out
+        peer.lm_head.register_forward_hook(lambda _, __, logits: logits / model.config.text.logits_scaling)
+    data = write_mixed(tmp_path / "data", videos=False)
+    assert_same_curve(peer, base, data, tmp_path / "run", tiles=model.config.resolution.num_tiles)
+    trained = dict(load_llava_peer(tmp_path / "run" / "final").named_parameters())
+    before = load_llava_peer(base).named_parameters()  # with the towers' unused heads, which ours do not have
+    moved = " ".join(name for name, old in before if name in trained and not torch.equal(old, trained[name]))
+    assert all(part in moved for part in ("vision_tower", "projector", "image_newline", "language_model"))
+
+
+LLAVA_PICTURES = {
+    "image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": 30},
+    "crop_size": {"height": 30, "width": 30},
+    "image_grid_pinpoints": [[30, 60], [60, 30], [60, 60], [90, 30], [30, 90]],
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -55,7 +56,7 @@ def _torchrun(words: list[str], patch: pytest.MonkeyPatch, base: Path) -> None:
     script = Path("smolvlm.py")
     script.write_text("from smolvlm_fms.cli import main\nmain()\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    small = ["data.max_length=512", "precision=float32", "accumulate=2"]
+    small = ["data.max_length=512", "accumulate=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [*launch, *words[where + 1 :], f"model={base}", *SHORT, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -68,11 +69,14 @@ def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     runners = {"python": _python, "smolvlm": _smolvlm, "torchrun": _torchrun}
     found = commands()
-    assert len(found) == 7
+    assert len(found) == 9
     for command in found:
         program, *words = shlex.split(command)
         runners[program](words, monkeypatch, base)
-    for run in ("dice", "dice-lora", "large"):
+    for run in ("dice", "dice-lora", "dice-both", "large", "split"):
         assert [line["step"] for line in read_lines(Path("runs") / run / "metrics.jsonl")] == [1, 2]
         assert (Path("runs") / run / "final" / "model.safetensors").exists()
-    assert (Path("runs") / "dice-lora" / "final" / "adapter" / "adapter_model.safetensors").exists()
+    for run, beside in (("dice-lora", None), ("dice-both", ["model.connector.modality_projection.proj"])):
+        adapter = Path("runs") / run / "final" / "adapter"
+        assert (adapter / "adapter_model.safetensors").exists()
+        assert json.loads((adapter / "adapter_config.json").read_text())["modules_to_save"] == beside

@@ -102,6 +102,7 @@ def test_parts_are_frozen_and_have_their_own_rates(tmp_path: Path) -> None:
     trainer = Trainer(config, model, batches())
     rates = {group["part"]: group["base_lr"] for group in trainer.optimizer.param_groups}
     assert rates == {"connector": 1e-2, "text": 1e-5}
+    assert trainer.optimizer.defaults["fused"]
     trainer.run()
     for name, parameter in model.named_parameters():
         moved = not torch.equal(parameter, before[name])

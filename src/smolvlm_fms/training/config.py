@@ -65,11 +65,14 @@ class CheckpointConfig(_Strict):
 
 
 class LogConfig(_Strict):
-    """every: steps between lines of metrics.jsonl; bar: the progress bar; trackers: where else metrics go."""
+    """every: steps between lines of metrics.jsonl; bar: the progress bar.
+
+    trackers: where else metrics go. None: TensorBoard's event files in the run folder, where that is installed.
+    """
 
     every: int = Field(default=1, ge=1)
     bar: bool = True
-    trackers: list[Literal["tensorboard", "wandb"]] = []
+    trackers: list[Literal["tensorboard", "wandb"]] | None = None
 
 
 class EvalConfig(_Strict):
@@ -151,8 +154,8 @@ class TrainConfig(_Strict):
     run: the run folder. model: what is fine-tuned, a checkpoint folder or hub id. steps: optimizer steps (or ``epochs``
     over the data, which then decides). accumulate: micro-batches a step, over all processes together. precision:
     ``bfloat16`` computes under autocast and keeps weights in float32. activation_checkpointing: recompute activations
-    in the backward pass. compile: ``torch.compile`` the model. stop_after_minutes: write a checkpoint and stop; the
-    same command goes on.
+    in the backward pass. compile: ``torch.compile`` the blocks of tower and text. stop_after_minutes: write a
+    checkpoint and stop; the same command goes on.
     """
 
     run: Path

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Bar:
         self.steps = steps
         self.shown = shown
         self.last = 0.0
+        self.began = (done, time.monotonic())
         console = Console(stderr=True)
         self.progress: Progress | None = None
         if shown and console.is_terminal:
@@ -82,7 +84,14 @@ class Bar:
             self.progress.update(self.task, completed=step, description=text)
         elif time.monotonic() - self.last > 30 or step == self.steps:
             self.last = time.monotonic()
-            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+            left = self._left(step)
+            print(f"step {step}/{self.steps}  {text}  {left} left", file=sys.stderr, flush=True)
+
+    def _left(self, step: int) -> str:
+        """Time to the last step at the pace so far."""
+        done, since = self.began
+        seconds = (time.monotonic() - since) / max(1, step - done) * (self.steps - step)
+        return str(timedelta(seconds=round(seconds)))
 
     def say(self, text: str) -> None:
         """Write a line above the bar."""

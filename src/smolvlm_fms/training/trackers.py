@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import html
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -52,15 +55,23 @@ class WeightsAndBiases:
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
-            raise MissingDependencyError("log.trackers: wandb is not installed: pip install wandb.") from error
-        name = config.run.name
+            raise MissingDependencyError(
+                "log.trackers: wandb is not installed: pip install 'smolvlm-fms[wandb]'."
+            ) from error
+        self.html = wandb.Html
+        # The id is the folder's: two runs of one name in different places are two runs.
+        digest = hashlib.sha256(str(config.run.resolve()).encode()).hexdigest()[:8]
         self.run: Any = wandb.init(
-            project="smolvlm-fms", name=name, id=name, resume="allow", dir=str(config.run),
-            config=config.model_dump(mode="json"),
+            project="smolvlm-fms", name=config.run.name, id=f"{config.run.name}-{digest}", resume="allow",
+            dir=str(config.run), config=config.model_dump(mode="json"),
         )  # fmt: skip
 
     def log(self, step: int, metrics: Mapping[str, Any], generations: list[Mapping[str, Any]]) -> None:
-        self.run.log({name: value for name, value in metrics.items() if name != "step"}, step=step)
+        numbers = {name: value for name, value in metrics.items() if name != "step"}
+        for number, one in enumerate(generations[:8]):
+            words = f"wanted: {one.get('wanted')}\nsaid: {one.get('said')}"
+            numbers[f"generation/{number}"] = self.html(f"<pre>{html.escape(words)}</pre>")
+        self.run.log(numbers, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -69,4 +80,6 @@ class WeightsAndBiases:
 def open_trackers(config: TrainConfig, step: int) -> list[Tracker]:
     """The trackers that ``log.trackers`` names; raises MissingDependencyError before the first step."""
     kinds: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    if config.log.trackers is None:
+        return [TensorBoard(config, step)] if importlib.util.find_spec("tensorboard") is not None else []
     return [kinds[name](config, step) for name in config.log.trackers]

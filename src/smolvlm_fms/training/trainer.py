@@ -97,11 +97,13 @@ class Trainer:
         self.blank: nn.Module | None = None
         if self.group.world > 1:
             self.blank = blank_copy(model)
+        if config.compile:
+            _compile_blocks(model)
+        if self.group.world > 1:
             shard(model, self.group, config.parallel, config.precision == "bfloat16")
         self.optimizer = build_optimizer(model, config)
         self.average = Average(model, config.optim.ema) if config.optim.ema else None
         self.masked = config.compile or self.group.device.type != "cpu"
-        self.compute: Callable[..., Tensor] = torch.compile(model) if config.compile else model
         self.checkpoints = CheckpointFolder(config.run / "checkpoints", config.checkpoint.keep)
         self.snapshot = Snapshot(
             self.checkpoints, model, self.optimizer, self.average, self.group, config.checkpoint.asynchronous
@@ -129,8 +131,7 @@ class Trainer:
                 self._loop()
             finally:
                 self.bar.close()
-                for tracker in self.trackers:
-                    tracker.close()
+                self._close_trackers()
             final = run / "final"
             if self.step == self.config.steps and self.save_final is not None and not final.exists():
                 self._write_final(final)
@@ -154,6 +155,13 @@ class Trainer:
         self.metrics = JsonLines(run / "metrics.jsonl", self.step) if first else None
         self.generations = JsonLines(run / "samples.jsonl", self.step) if first else None
         self.trackers = open_trackers(self.config, self.step) if first else []
+
+    def _close_trackers(self) -> None:
+        for tracker in self.trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                logger.error("%s could not be closed: %s. metrics.jsonl has all.", type(tracker).__name__, error)
 
     def _loop(self) -> None:
         config, started, saved_at = self.config, time.monotonic(), time.monotonic()
@@ -225,7 +233,7 @@ class Trainer:
         """Add one micro-batch's gradients; returns its summed cross entropy, in float64 on the CPU."""
         mask_BT = targets_BT != IGNORE
         with self._autocast():
-            logits_KV = self.compute(**model_inputs(batch, self.masked), logits_mask=mask_BT)
+            logits_KV = self.model(**model_inputs(batch, self.masked), logits_mask=mask_BT)
         total, entropy = token_loss(logits_KV, targets_BT[mask_BT], self.config.optim.z_loss)
         # FSDP takes the mean over processes; the loss is the mean over all tokens of all of them.
         (total * (self.group.readers / learnt)).backward()  # type: ignore[no-untyped-call]
@@ -270,7 +278,9 @@ class Trainer:
     def _evaluation(self) -> dict[str, Any]:
         assert self.evaluate is not None
         self.model.eval()
-        with self._averaged(), self._autocast():
+        # Compiled for training; an evaluation has other shapes at every token, and is over sooner than a compilation.
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else contextlib.nullcontext()
+        with self._averaged(), self._autocast(), eager:
             result = dict(self.evaluate(self.model, self.step))
         shown = result.pop("generations", [])
         for one in shown:
@@ -286,9 +296,20 @@ class Trainer:
         wanted = self.step % self.config.log.every == 0 or self.step == self.config.steps or "eval_loss" in metrics
         if self.metrics is not None and wanted:
             self.metrics.write(metrics)
-            for tracker in self.trackers:
-                tracker.log(self.step, metrics, self._shown)
+            self._track(metrics)
         self._shown = []
+
+    def _track(self, metrics: dict[str, Any]) -> None:
+        """Log to the trackers; one that fails (no disk, no network) is given up, the run is not."""
+        for tracker in list(self.trackers):
+            try:
+                tracker.log(self.step, metrics, self._shown)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                name = type(tracker).__name__
+                logger.error("%s takes no more metrics: %s. metrics.jsonl has them all.", name, error)
+                with contextlib.suppress(Exception):
+                    tracker.close()
 
     def save(self, required: bool = False) -> None:
         """Write a checkpoint. One that the disk refuses is reported and tried again later, unless ``required``."""
@@ -404,6 +425,16 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ConfigurationError(f"device {name!r} is not known to torch: {error}") from None
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks of tower and text. They share their code, so one serves them all, and what lies around them
+    (counting placeholders, packing) needs no graph. Sharding's hooks stay outside.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def _set_activation_checkpointing(model: nn.Module, on: bool) -> None:
