@@ -57,8 +57,8 @@ def test_easy_vqa_becomes_a_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fake.get_test_questions = lambda: (asked, ["red", "no", "yes", "circle"], [0] * 4)  # type: ignore[attr-defined]
     fake.get_test_image_paths = lambda: {0: str(tmp_path / "0.png")}  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "easy_vqa", fake)
-    monkeypatch.setattr(sys, "argv", ["easy_vqa.py", str(tmp_path / "out")])
-    runpy.run_path(str(ROOT / "examples" / "eval" / "easy_vqa.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["from_easy_vqa.py", str(tmp_path / "out")])
+    runpy.run_path(str(ROOT / "examples" / "eval" / "from_easy_vqa.py"), run_name="__main__")
     suite = read_suite(tmp_path / "out" / "easy_vqa.jsonl")
     found = {item.question: (item.kind, *item.answers) for item in suite.items}
     assert found == {

@@ -1,7 +1,7 @@
 """easy-VQA's test questions (PyPI `easy-vqa`, MIT) as a test that `smolvlm eval --data` reads.
 
 pip install easy-vqa
-python examples/eval/easy_vqa.py easy-vqa          # writes easy-vqa/easy_vqa.jsonl
+python examples/eval/from_easy_vqa.py easy-vqa          # writes easy-vqa/easy_vqa.jsonl
 smolvlm eval demo --data easy-vqa
 """
 
