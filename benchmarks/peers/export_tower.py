@@ -101,7 +101,7 @@ def main() -> None:
     side = model.config.vision_config.image_size
     tile = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        expected = model.model.get_image_features(tile[None]).pooler_output
+        expected = model.model.get_image_features(tile[None]).pooler_output[0][None]
         export(model, tile)
     check(expected, tile)
 

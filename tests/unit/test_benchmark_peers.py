@@ -43,7 +43,13 @@ def bench_row(n_gen: int, depth: int, flash: int, ubatch: int, rate: float) -> d
     """The fields of a llama-bench row that say what it measured; real ones have forty."""
     prompt = 0 if n_gen else 1128
     setting = {"flash_attn": flash, "n_ubatch": ubatch, "n_threads": 2}
-    return {"n_prompt": prompt, "n_gen": n_gen, "n_depth": depth, "avg_ts": rate, "stddev_ts": 0.0} | setting
+    return {
+        "n_prompt": prompt,
+        "n_gen": n_gen,
+        "n_depth": depth,
+        "avg_ts": rate / 2,
+        "samples_ts": [rate / 4, rate],
+    } | setting
 
 
 def test_reads_llama_bench(load: Any) -> None:
