@@ -56,7 +56,7 @@ def _torchrun(words: list[str], patch: pytest.MonkeyPatch, base: Path) -> None:
     script = Path("smolvlm.py")
     script.write_text("from smolvlm_fms.cli import main\nmain()\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    small = ["data.max_length=512", "accumulate=2"]
+    small = ["data.max_length=512", "accumulate=2", "log.trackers=[]"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [*launch, *words[where + 1 :], f"model={base}", *SHORT, *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import smolvlm_fms as sv
 from smolvlm_fms.errors import CheckpointError, ConfigurationError, TrainingError
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.lora import adapter_base, merge_adapter
@@ -42,7 +43,7 @@ def settings(run: Path, base: Path, skill: Path, **changes: Any) -> dict[str, An
     data = {"train": [{"path": str(skill)}], "max_length": 256, "rows": 2, "workers": 0, "window": 16}
     values: dict[str, Any] = {
         "run": str(run), "model": str(base), "steps": 8, "precision": "float32", "device": "cpu",
-        "optim": {"lr": 3e-3}, "log": {"bar": False}, "checkpoint": {"every": 3}, "data": data,
+        "optim": {"lr": 3e-3}, "log": {"bar": False, "trackers": []}, "checkpoint": {"every": 3}, "data": data,
     }  # fmt: skip
     return {**values, **changes, "data": data | changes.get("data", {})}
 
@@ -85,11 +86,21 @@ def test_the_command_trains_and_leaves_a_checkpoint(tmp_path: Path, base: Path, 
     model, processor = load_model(run / "final"), SmolVLMProcessor.from_pretrained(run / "final")
     ids = torch.tensor([processor.tokenizer.encode("User: hello")])
     assert torch.isfinite(model(ids)).all()
+    said = [line for line in read_lines(run / "samples.jsonl") if line["prompt"].endswith("Assistant:")]
+    assert len(said) == 3
+    picture = skill.with_name(read_picture(skill))
+    answer = sv.load(run / "final").ask(picture, "What is in the picture?", max_tokens=48)
+    assert answer.text.strip() == said[0]["said"], "the engine says what the trainer's evaluation heard"
     assert smolvlm("train", str(file), "optim.lr=4e-3")[0] == 0 and len(read_lines(run / "metrics.jsonl")) == 20
     code, _, err = smolvlm("train", str(file), "optim.lr=5e-3")
     assert code == 1 and "other settings: optim.lr" in err
     code, _, err = smolvlm("train", str(file), "optim.rate=1")
     assert code == 1 and "there is no field optim.rate" in err
+
+
+def read_picture(skill: Path) -> str:
+    """The first conversation's picture."""
+    return str(read_lines(skill)[0]["messages"][0]["content"][0]["path"])
 
 
 CHILD = """
