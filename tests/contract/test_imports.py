@@ -17,8 +17,17 @@ LEAVES = {"bundle", "errors", "types", "config", "config_llava", "config_presets
 LAW = {
     # inspect draws tile grids without an engine; verify and convert work on checkpoints, not through the engine.
     "cli": {
-        "server", "engine", "training", "scale", "export", "processing", "hf", "fms_bridge", "documents", "evaluation",
-    },  # fmt: skip
+        "server",
+        "engine",
+        "training",
+        "scale",
+        "export",
+        "processing",
+        "hf",
+        "fms_bridge",
+        "documents",
+        "evaluation",
+    },
     # Export compares a converted checkpoint with its source, the engine's packed weights and transformers: it stands
     # over all three, and only the command line stands on it.
     "export": {"engine", "fms_bridge", "hf", "model", "modules", "processing"},
@@ -28,7 +37,7 @@ LAW = {
     # Tests ask through the engine; they read pictures and videos as the processors do.
     "evaluation": {"engine", "processing"},
     # The packed CPU path computes what the modules compute, from their weights, and shares their arithmetic.
-    "engine": {"model", "modules", "processing", "fms_bridge.loading"},
+    "engine": {"model", "modules", "processing", "fms_bridge.loading", "fms_bridge.grouped"},
     # Training writes checkpoints, and adapters in the checkpoint's own names.
     "training": {"model", "processing", "fms_bridge"},
     "model": {"modules"},

@@ -19,6 +19,7 @@ from smolvlm_fms.engine.config import BLOCK, EngineConfig
 from smolvlm_fms.engine.engine import Engine, Generation
 from smolvlm_fms.engine.machine import available_memory, cpu_count
 from smolvlm_fms.engine.prepare import Preparer, Prompt
+from smolvlm_fms.engine.quantized import load_stored
 from smolvlm_fms.engine.runner import ModelRunner, kv_bytes_per_token
 from smolvlm_fms.engine.sequence import Sampled
 from smolvlm_fms.errors import CapacityError, ConfigurationError, InputError
@@ -48,8 +49,9 @@ def load(
     checkpoint's own). threads: CPU threads of this process (None: what the machine or container has). quantize:
     ``"int8"`` or ``"int4"`` weights for the text model (on a GPU by torchao). quantize_tower: ``"int8"`` for the vision
     tower, too. packed: on the CPU in bf16, put the weights into the form that is computed with fastest; ``.model``
-    still computes, but cannot be saved or trained any more. engine: sizes of caches and batches. loading: further
-    arguments of ``load_model`` (``revision``, ``progress`` …).
+    still computes, but cannot be saved or trained any more. A folder of ``smolvlm convert --quantize`` is loaded as it
+    is quantised. engine: sizes of caches and batches. loading: further arguments of ``load_model`` (``revision``,
+    ``progress`` …).
 
     fp32 computes exactly what transformers does.
     Raises FetchError, CheckpointError, ConfigurationError or CapacityError.
@@ -60,7 +62,11 @@ def load(
     wanted, where = _dtype(dtype, quantize or quantize_tower), _device(device)
     if packed and where.type == "cpu" and (wanted or _named_dtype(folder)) == torch.bfloat16:
         loading.setdefault("fused_weights", False)  # packing joins them: done before, it would be one more copy of all
-    model = load_model(folder, dtype=wanted, device=where, **loading)
+    stored = load_stored(folder, quantize, wanted, where, packed)
+    if stored is not None:
+        model, quantize = stored
+    else:
+        model = load_model(folder, dtype=wanted, device=where, **loading)
     from smolvlm_fms.processing.factory import load_processor
 
     processor = load_processor(folder)

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smolvlm_fms.engine import kernels
+from smolvlm_fms.engine.kernels.linear import Weights
 from smolvlm_fms.engine.kernels.packing import quantize_groups
+from smolvlm_fms.model.grouped import GroupedWeight
 
 __all__ = ["InferenceLinear", "OneDnnLinear", "make_linear"]
 
@@ -35,7 +37,7 @@ class InferenceLinear(Protocol):
 
 
 def make_linear(
-    weight: Tensor | Sequence[Tensor],
+    weight: Weights,
     bias: Tensor | Sequence[Tensor | None] | None = None,
     *,
     kind: str = "bf16",
@@ -64,17 +66,19 @@ class OneDnnLinear(nn.Module):
 
     def __init__(
         self,
-        weight: Tensor | Sequence[Tensor],
+        weight: Weights,
         bias: Tensor | Sequence[Tensor | None] | None = None,
         *,
         kind: str = "bf16",
         activation: str = "none",
     ) -> None:
         super().__init__()
-        parts = [weight] if isinstance(weight, Tensor) else list(weight)
+        given = [weight] if isinstance(weight, Tensor | GroupedWeight) else list(weight)
+        grouped = isinstance(given[0], GroupedWeight)
+        parts = [part.wide().bfloat16() if isinstance(part, GroupedWeight) else part.detach() for part in given]
         biases = [bias] if isinstance(bias, Tensor) else list(bias or [None] * len(parts))
-        joined = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
-        if kind != "bf16":
+        joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if kind != "bf16" and not grouped:
             joined = _rounded(joined, kind)
         self.kind = kind
         self.activation = activation

@@ -20,7 +20,10 @@ _HOMES = {
     "onnx": "smolvlm_fms.export.onnx:OnnxFolder",
 }
 TARGETS = tuple(_HOMES)
-_QUANTIZED: dict[str, str] = {"gguf": "smolvlm_fms.export.gguf:GgufFiles"}
+_QUANTIZED = {
+    "hf": "smolvlm_fms.export.quantized:QuantizedFolder",
+    "gguf": "smolvlm_fms.export.gguf:GgufFiles",
+}
 """Targets that take ``quantize``, and who writes them then."""
 
 

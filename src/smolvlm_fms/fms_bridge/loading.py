@@ -104,6 +104,11 @@ def load_model(
     """
     folder = resolve_folder(folder, revision=revision)
     values = read_json_config(folder)
+    if (values.get("quantization_config") or {}).get("quant_method") == "smolvlm_fms":
+        raise CheckpointError(
+            f"{folder} holds quantised weights in this package's own layout: smolvlm_fms.load reads them. For "
+            "training, transformers or FMS, take the checkpoint that they were made from."
+        )
     architecture = architecture_of(values.get("model_type"))
     family = FAMILIES[architecture.name]
     checkpoint = open_checkpoint(folder, family)

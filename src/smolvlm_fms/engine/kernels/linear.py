@@ -11,6 +11,7 @@ from torch import Tensor
 from smolvlm_fms.engine.kernels import loader, packing
 from smolvlm_fms.engine.kernels.registry import operator, require_bf16
 from smolvlm_fms.errors import ConfigurationError, InputError
+from smolvlm_fms.model.grouped import GroupedWeight
 
 KINDS = {
     "bf16": loader.BF16,
@@ -91,6 +92,9 @@ def _packed_linear_fake(
 operator(_SCHEMA, _packed_linear, _packed_linear_fake)
 
 
+Weights = Tensor | GroupedWeight | Sequence[Tensor | GroupedWeight]
+
+
 class PackedLinear(torch.nn.Module):
     """``residual + scale * activation(x W^T + bias)`` on weights packed once, for one row or thousands.
 
@@ -100,7 +104,7 @@ class PackedLinear(torch.nn.Module):
     activation   ``"none"``, ``"gelu_tanh"``, or ``"swiglu"``: the weight is (2F, K), gates before ups, and the answer
                  silu(gate) * up has F features.
     weight       (N, K), or a sequence of such matrices over the same inputs (query, key, value; gate, up), which are
-                 joined; ``bias`` likewise, with None for a part without one.
+                 joined; ``bias`` likewise, with None for a part without one. GroupedWeights are packed as they are.
     """
 
     packed: Tensor
@@ -109,7 +113,7 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(
         self,
-        weight: Tensor | Sequence[Tensor],
+        weight: Weights,
         bias: Tensor | Sequence[Tensor | None] | None = None,
         *,
         kind: str = "bf16",
@@ -205,9 +209,9 @@ class PackedLinear(torch.nn.Module):
 
 
 def _parts(
-    weight: Tensor | Sequence[Tensor], bias: Tensor | Sequence[Tensor | None] | None
-) -> tuple[list[Tensor], Tensor | None]:
-    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    weight: Weights, bias: Tensor | Sequence[Tensor | None] | None
+) -> tuple[list[Tensor | GroupedWeight], Tensor | None]:
+    parts = [weight] if isinstance(weight, Tensor | GroupedWeight) else list(weight)
     biases: list[Tensor | None] = [bias] if isinstance(bias, Tensor) else list(bias or [None] * len(parts))
     shapes = [tuple(part.shape) for part in parts]
     fits = len(parts) == len(biases) and all(len(shape) == 2 and shape[1] == shapes[0][1] for shape in shapes)
@@ -218,12 +222,15 @@ def _parts(
         )
     joined_bias = None
     if any(b is not None for b in biases):
-        filled = [part.new_zeros(part.shape[0]) if b is None else b for part, b in zip(parts, biases, strict=True)]
+        filled = [torch.zeros(part.shape[0]) if b is None else b for part, b in zip(parts, biases, strict=True)]
         joined_bias = torch.cat([b.detach().float() for b in filled])
     return [part.detach() for part in parts], joined_bias
 
 
-def _pack(parts: list[Tensor], kind: str, swiglu: bool) -> tuple[Tensor, Tensor | None]:
+def _pack(given: list[Tensor | GroupedWeight], kind: str, swiglu: bool) -> tuple[Tensor, Tensor | None]:
+    parts = [part for part in given if isinstance(part, Tensor)]
+    if len(parts) < len(given):
+        return _pack_grouped([part for part in given if isinstance(part, GroupedWeight)], kind, swiglu)
     if kind == "bf16":
         return _pack_bf16(parts, swiglu), None
     weight_NK = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -234,6 +241,19 @@ def _pack(parts: list[Tensor], kind: str, swiglu: bool) -> tuple[Tensor, Tensor 
     q, group_scales = packing.quantize_groups(weight_NK, 8 if kind == "int8" else 4)
     packed = packing.pack_int8(q, packing.GROUP) if kind == "int8" else packing.pack_int4(q)
     return packed, packing.pack_group_scales(group_scales)
+
+
+def _pack_grouped(parts: list[GroupedWeight], kind: str, swiglu: bool) -> tuple[Tensor, Tensor]:
+    """Weights that were quantised before: their integers and scales, as they are."""
+    bits = {"int8": 8, "int4": 4}.get(kind)
+    if any(part.bits != bits for part in parts):
+        raise ConfigurationError(f"weights of {parts[0].bits} bits cannot be packed as {kind}")
+    whole = GroupedWeight.joined(parts)
+    q_NK, scales_NG = whole.values_NK, whole.scales_NG
+    if swiglu:
+        q_NK, scales_NG = packing.interleave_gate_up(q_NK), packing.interleave_gate_up(scales_NG)
+    packed = packing.pack_int8(q_NK, packing.GROUP) if bits == 8 else packing.pack_int4(q_NK)
+    return packed, packing.pack_group_scales(scales_NG)
 
 
 def _pack_bf16(parts: list[Tensor], swiglu: bool) -> Tensor:
