@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from smolvlm_fms.processing.video import VideoMetadata
 from smolvlm_fms.training import IGNORE
 from smolvlm_fms.training.config import DataConfig, SourceConfig, TrainConfig
 from smolvlm_fms.training.conversation import Encoder, read_record
-from smolvlm_fms.training.feed import PlannedBatches
+from smolvlm_fms.training.feed import PlannedBatches, read_samples
 from smolvlm_fms.training.loss import shifted_targets, token_loss
 from smolvlm_fms.training.preflight import preflight
 from smolvlm_fms.training.run import prepare, train
@@ -113,6 +115,33 @@ def test_videos_come_as_bytes_columns_and_frames(processor: SmolVLMProcessor, fo
     text = encoder.tokenizer.decode(sample.input_ids.tolist())
     assert "three frames from a 0:00:01" in text and "Frame from 00:01" in text
     assert encoder.measure(conversation).length == sample.length
+
+
+def test_videos_come_from_shards_and_data_sets(processor: SmolVLMProcessor, folder: Path, tmp_path: Path) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    encoder = Encoder(processor, max_length=400)
+    files = {"0.json": json.dumps(record([])).encode(), "1.txt": b"A grey room."}
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+            archive.add(folder / "clip.mp4", f"{name[0]}.mp4")
+    row = {"messages": record([])["messages"], "video": str(folder / "clip.mp4")}
+    features = datasets.Features({"messages": datasets.Dataset.from_list([row]).features["messages"]})
+    features["video"] = datasets.Video()
+    datasets.Dataset.from_list([row], features=features).save_to_disk(str(tmp_path / "saved"))
+    wanted = encoder.encode(read_record(record(CLIP), folder, "file"))
+    captioned, saved = ([SourceConfig(path=str(tmp_path / name))] for name in ("data.tar", "saved"))
+    asked, described = read_samples(captioned, encoder, 2)
+    (row_sample,) = read_samples(saved, encoder, 1)
+    for sample in (asked, row_sample):
+        assert torch.equal(sample.input_ids, wanted.input_ids)
+        assert sample.pixel_values is not None and wanted.pixel_values is not None
+        assert torch.equal(sample.pixel_values, wanted.pixel_values)
+    assert "Describe the video." in encoder.tokenizer.decode(described.input_ids.tolist())
 
 
 def test_bad_videos_are_named(processor: SmolVLMProcessor, folder: Path, tmp_path: Path) -> None:

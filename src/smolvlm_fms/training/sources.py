@@ -34,6 +34,9 @@ __all__ = ["Source", "Stream", "open_source"]
 
 Indices = npt.NDArray[np.int64]
 
+VIDEOS = {"mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg"}
+"""Extensions of videos in tar shards; everything else is a picture."""
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -156,9 +159,9 @@ class Parquet:
 
 
 class Shards:
-    """WebDataset tar shards, indexed by their headers: KEY.json beside KEY.jpg, KEY.png or KEY.0.jpg, KEY.1.jpg …
+    """WebDataset tar shards, indexed by their headers: KEY.json beside KEY.jpg, KEY.mp4, or KEY.0.png, KEY.1.png …
 
-    KEY.txt in place of KEY.json is a caption: the picture is described without being asked.
+    KEY.txt in place of KEY.json is a caption: the picture or video is described without being asked.
     """
 
     def __init__(self, config: SourceConfig) -> None:
@@ -186,14 +189,17 @@ class Shards:
                 record = json.loads(found.pop("json"))
             elif "txt" in found:
                 words = found.pop("txt").decode("utf-8").strip()
-                asked = {"role": "user", "content": [{"type": "text", "text": "Describe the picture."}]}
+                what = "video" if any(_is_video(extension) for extension in found) else "picture"
+                asked = {"role": "user", "content": [{"type": "text", "text": f"Describe the {what}."}]}
                 record = {"messages": [asked, {"role": "assistant", "content": words}]}
             else:
                 raise InputError(f"{name}: there is no KEY.json or KEY.txt; only {', '.join(sorted(found))}.")
         except ValueError as error:
             raise InputError(f"{name}: {error}") from None
-        pictures = [found[extension] for extension in sorted(found, key=_natural)]
-        return read_record({**record, **({"images": pictures} if pictures else {})}, self.folder, name)
+        media: dict[str, list[bytes]] = {}
+        for extension in sorted(found, key=_natural):
+            media.setdefault("videos" if _is_video(extension) else "images", []).append(found[extension])
+        return read_record({**record, **media}, self.folder, name)
 
 
 class Rows:
@@ -302,12 +308,14 @@ def _load_dataset(config: SourceConfig, streaming: bool) -> Any:
         if config.split not in loaded:
             raise ConfigurationError(f"{path} has no split {config.split!r}; it has {', '.join(loaded)}.")
         loaded = loaded[config.split]
+    kinds = [kind for name in ("Image", "Video") if (kind := getattr(datasets, name, None)) is not None]
     for column, feature in (loaded.features or {}).items():
-        # Pictures stay bytes until a worker decodes them.
-        if isinstance(feature, datasets.Image):
-            loaded = loaded.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(feature, "feature", None), datasets.Image):
-            loaded = loaded.cast_column(column, datasets.List(datasets.Image(decode=False)))
+        # Pictures and videos stay bytes until a worker decodes them.
+        for kind in kinds:
+            if isinstance(feature, kind):
+                loaded = loaded.cast_column(column, kind(decode=False))
+            elif isinstance(getattr(feature, "feature", None), kind):
+                loaded = loaded.cast_column(column, datasets.List(kind(decode=False)))
     return loaded
 
 
@@ -316,6 +324,10 @@ def _without_none(row: Any) -> Any:
     if isinstance(row, Mapping):
         return {key: _without_none(value) for key, value in row.items() if value is not None}
     return [_without_none(value) for value in row] if isinstance(row, list) else row
+
+
+def _is_video(extension: str) -> bool:
+    return extension.rpartition(".")[2] in VIDEOS
 
 
 def _natural(extension: str) -> tuple[int, str]:

@@ -80,6 +80,8 @@ class Trainer:
     ) -> None:
         self.config = config
         group = group or Group(device=pick_device(config.device))
+        if config.compile and config.parallel.tensor > 1:  # torch 2.13 cannot trace split weights of changing shapes
+            raise ConfigurationError("compile and parallel.tensor do not go together; leave one of them out.")
         check_parallel(group.world, config.parallel)
         self.group = dataclasses.replace(group, tensor=config.parallel.tensor)
         if config.accumulate % self.group.readers:
