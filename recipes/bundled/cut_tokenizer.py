@@ -18,8 +18,10 @@ from random import Random
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 import art
+from charts import KINDS_OF_CHART
 from draw import COLOURS, SHAPES
 from sources import DEFAULT_WORK
+from wordings import WORDINGS
 
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>",
@@ -27,109 +29,16 @@ SPECIAL = [
 ]  # fmt: skip
 
 PHRASES = [
-    "User",
-    "Assistant",
-    "System",
-    "Frame",
-    "from",
-    "yes",
-    "no",
-    "What",
-    "Which",
-    "Where",
-    "How",
-    "many",
-    "much",
-    "Is",
-    "there",
-    "are",
-    "this",
-    "these",
-    "the",
-    "a",
-    "an",
-    "it",
-    "is",
-    "do",
-    "you",
-    "see",
-    "in",
-    "on",
-    "of",
-    "at",
-    "and",
-    "or",
-    "not",
-    "picture",
-    "image",
-    "photo",
-    "shape",
-    "shapes",
-    "color",
-    "colors",
-    "colour",
-    "does",
-    "have",
-    "has",
-    "with",
-    "big",
-    "small",
-    "bigger",
-    "smaller",
-    "left",
-    "right",
-    "top",
-    "bottom",
-    "center",
-    "above",
-    "below",
-    "middle",
-    "number",
-    "word",
-    "text",
-    "writing",
-    "written",
-    "say",
-    "says",
-    "Read",
-    "Count",
-    "Describe",
-    "background",
-    "behind",
-    "circles",
-    "squares",
-    "triangles",
-    "stars",
-    "hearts",
-    "crosses",
-    "diamonds",
-    "rings",
-    "thing",
-    "things",
-    "one",
-    "part",
-    "show",
-    "shows",
-    "here",
-    "You",
-    "are",
-    "provided",
-    "following",
-    "series",
-    "frames",
-    "video",
-    "red",
-    "can",
-    "not",
-    "sure",
-    "animal",
-    "fruit",
-    "food",
-    "Can",
-    "I",
-    "It",
-    "There",
-]
+    "User", "Assistant", "System", "Frame", "from", "yes", "no", "What", "Which", "Where", "How", "many", "much",
+    "Is", "there", "are", "this", "these", "the", "a", "an", "it", "is", "do", "you", "see", "in", "on", "of", "at",
+    "and", "or", "not", "picture", "image", "photo", "shape", "shapes", "color", "colors", "colour", "does", "have",
+    "has", "with", "big", "small", "bigger", "smaller", "left", "right", "top", "bottom", "center", "above",
+    "below", "middle", "number", "word", "text", "writing", "written", "say", "says", "Read", "Count", "Describe",
+    "background", "behind", "circles", "squares", "triangles", "stars", "hearts", "crosses", "diamonds", "rings",
+    "thing", "things", "one", "part", "show", "shows", "here", "You", "provided", "following", "series", "frames",
+    "video", "red", "can", "sure", "animal", "fruit", "food", "Can", "I", "It", "There", "two", "three", "four",
+    "MM", "SS", "H",
+]  # fmt: skip
 
 
 def gguf_vocabulary(work: Path) -> tuple[list[str], list[str]]:
@@ -199,9 +108,11 @@ def main() -> None:
     work = parser.parse_args().work
     tokens, merge_lines = gguf_vocabulary(work)
     merges = [tuple(line.split(" ")) for line in merge_lines]
-    plain = [*PHRASES, *SHAPES, *COLOURS, *art.EMOJI, *[f"{name}s" for name in SHAPES]]
-    words = sorted({form for w in plain for form in (w, f" {w}", w.capitalize(), f" {w.capitalize()}") if form})
-    kept = needed_merges([w for w in words if w.strip() in plain or w.strip().lower() in COLOURS], merges)  # type: ignore[arg-type]
+    names = [*SHAPES, *COLOURS, *art.EMOJI, *art.COUNTRIES, *art.SKETCHES, *KINDS_OF_CHART]
+    asked = [text for texts in WORDINGS.values() for text in texts]
+    plain = {w for text in (*PHRASES, *names, *asked) for w in re.findall("[A-Za-z]+", text)}
+    plain |= {f"{name}s" for name in SHAPES} | set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    kept = needed_merges(sorted(form for w in plain for form in (w, f" {w}")), merges)  # type: ignore[arg-type]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*SPECIAL, *letters, *dict.fromkeys(a + b for a, b in kept)]
     tokenizer = build(vocabulary, kept)
@@ -212,6 +123,7 @@ def main() -> None:
     print(len(vocabulary), "tokens;", len(kept), "merges;", {k: len(v) for k, v in reading.items()})
     for text in (
         "Assistant: top left",
+        "Which country's flag is this? United Kingdom",
         " a big red circle",
         "What does it say?",
         " HELLO",

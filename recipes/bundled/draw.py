@@ -12,12 +12,17 @@ from functools import lru_cache
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 CANVAS, TILE, GRID = 256, 128, 8
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
-CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FIELDS = ("kind", "colour", "centre", "size", "height")
+"""Dense targets of a patch: what rules it, of which colour, whether that object's middle lies in it, and how large the
+object is (root of its visible area, and height, both in patches)."""
+UNKNOWN = -100
+"""A target that says nothing (and costs nothing)."""
 
 # hue in degrees, saturation and value in 0…1: (low, high) each
 _HSV = {
@@ -60,18 +65,38 @@ class Picture:
         self.colours.append(colour)
         self.cover.paste(len(self.kinds), at, mask.point(lambda v: 255 if v > 100 else 0))
 
-    def patches(self) -> tuple[list[tuple[str, str | None] | None], np.ndarray]:
-        """Objects drawn (index 0 is the background) and the (64,) index of the one that rules each patch."""
+    def targets(self, kind_index: dict[str, int]) -> np.ndarray:
+        """Dense targets (5, 64) int64 in the order of `FIELDS`; `kind_index` numbers the kinds, 0 is background."""
         step = CANVAS // 64
         cover = np.asarray(self.cover)[step // 2 :: step, step // 2 :: step]
         cells = cover.reshape(GRID, 8, GRID, 8).transpose(0, 2, 1, 3).reshape(GRID * GRID, 64)
-        best = np.zeros(GRID * GRID, np.int64)
+        owner = np.zeros(GRID * GRID, np.int64)
         most = np.full(GRID * GRID, 15)  # of 64 samples: under a quarter covered is background
-        for index in range(1, len(self.kinds) + 1):
+        table = np.full((5, len(self.kinds) + 1), UNKNOWN, np.int64)
+        table[:3, 0] = 0, COLOURS.index(self.background) if self.background else UNKNOWN, 0
+        middles: list[tuple[int, int]] = []
+        for index, (kind, colour) in enumerate(zip(self.kinds, self.colours, strict=True), 1):
+            rows, columns = np.nonzero(cover == index)
+            if not len(rows):
+                continue
             count = (cells == index).sum(1)
-            best = np.where(count > most, index, best)
+            owner = np.where(count > most, index, owner)
             most = np.maximum(most, count)
-        return [None, *zip(self.kinds, self.colours, strict=True)], best
+            size, height = round(len(rows) ** 0.5 / 8), -(-(int(np.ptp(rows)) + 1) // 8)
+            shade = COLOURS.index(colour) if colour else UNKNOWN
+            table[:, index] = kind_index[kind], shade, 0, min(size, GRID), min(height, GRID)
+            middles.append((int(rows.mean() // 8) * GRID + int(columns.mean() // 8), index))
+        for patch, index in middles:  # the middle names its object even where that covers little, as of thin letters
+            owner[patch] = index
+        targets = table[:, owner]
+        targets[2, [patch for patch, _ in middles]] = 1
+        return targets
+
+
+def _grain(spread: float) -> Image.Image:
+    """Normal noise around middle grey, 64×64; the same for the same spread (Pillow's effect_noise never repeats)."""
+    noise = np.random.default_rng(int(spread * 1e9)).normal(128, spread, (64, 64))
+    return Image.fromarray(noise.clip(0, 255).astype(np.uint8))
 
 
 def background(rng: Random, avoid: set[str]) -> Picture:
@@ -88,7 +113,7 @@ def background(rng: Random, avoid: set[str]) -> Picture:
     image = Image.new("RGB", (CANVAS, CANVAS), base)
     style = rng.random()
     if style < 0.25:
-        noise = Image.effect_noise((64, 64), rng.uniform(8, 25)).resize((CANVAS, CANVAS), rng.choice([0, 2]))
+        noise = _grain(rng.uniform(8, 25)).resize((CANVAS, CANVAS), rng.choice([0, 2]))
         image = Image.blend(image, noise.convert("RGB"), rng.uniform(0.03, 0.12))
     elif style < 0.45:
         ramp = Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270])).point(lambda v: v * 0.15)
@@ -167,12 +192,8 @@ def add_emoji(picture: Picture, art: np.ndarray, kind: str, xy: tuple[float, flo
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:
         image = image.rotate(rng.uniform(-18, 18), Image.Resampling.BILINEAR)
-    if rng.random() < 0.5:  # another painter's colours
-        bands = [
-            band.point([min(255, round(v * g)) for v in range(256)])
-            for band, g in zip(image.split()[:3], (rng.uniform(0.75, 1.15) for _ in "rgb"), strict=True)
-        ]
-        image = Image.merge("RGBA", [*bands, image.getchannel("A")])
+    if rng.random() < 0.5:
+        image = _tinted(image, rng)
     stretch = rng.uniform(0.88, 1.13)
     size = max(8, round(side * stretch)), max(8, round(side / stretch))
     image = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=1.5)
@@ -180,21 +201,75 @@ def add_emoji(picture: Picture, art: np.ndarray, kind: str, xy: tuple[float, flo
     picture.stamp(image.getchannel("A"), corner, image.convert("RGB"), kind, None)
 
 
+def add_flag(picture: Picture, art: np.ndarray, country: str, rng: Random) -> None:
+    """Draw a flag (RGBA, any size) over most of the canvas: hung straight, sometimes round or a little turned."""
+    image = Image.fromarray(art)
+    width = rng.uniform(155, 240)
+    height = min(width * art.shape[0] / art.shape[1] * rng.uniform(0.88, 1.12), 244)
+    image = image.resize((round(width), round(height)), Image.Resampling.BILINEAR, reducing_gap=1.5)
+    if rng.random() < 0.25:  # a round badge, cut from the middle
+        disc = Image.new("L", image.size, 0)
+        radius = min(width, height) / 2
+        ImageDraw.Draw(disc).ellipse(
+            [width / 2 - radius, height / 2 - radius, width / 2 + radius, height / 2 + radius], fill=255
+        )
+        image.putalpha(ImageChops.multiply(disc, image.getchannel("A")))
+    if rng.random() < 0.4:
+        image = image.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR, expand=True)
+    if rng.random() < 0.5:
+        image = _tinted(image, rng)
+    corner = tuple(round(rng.uniform(4, max(4, CANVAS - side - 4))) for side in image.size)
+    picture.stamp(image.getchannel("A"), corner, image.convert("RGB"), country, None)  # type: ignore[arg-type]
+
+
+def _tinted(image: Image.Image, rng: Random) -> Image.Image:
+    """Another painter's colours."""
+    bands = [
+        band.point([min(255, round(v * g)) for v in range(256)])
+        for band, g in zip(image.split()[:3], (rng.uniform(0.75, 1.15) for _ in "rgb"), strict=True)
+    ]
+    return Image.merge("RGBA", [*bands, image.getchannel("A")])
+
+
+def add_sketch(picture: Picture, ink: np.ndarray, kind: str, colour: str, rng: Random) -> None:
+    """Draw a sketch (`ink`, 28×28 uint8) with a pen of some width: turned, stretched and mirrored a little."""
+    image = Image.fromarray(ink)
+    image = image.crop(image.getbbox())
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = rng.uniform(130, 225) / max(image.size)
+    size = [max(20, round(side * scale * rng.uniform(0.85, 1.12))) for side in image.size]
+    image = image.resize((min(size[0], 244), min(size[1], 244)), Image.Resampling.BICUBIC)
+    if rng.random() < 0.7:
+        image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
+    least = rng.uniform(40, 120)  # a low threshold makes a thick pen
+    mask = image.point([min(255, max(0, round((v - least) * 4))) for v in range(256)])
+    mask = mask.crop(mask.getbbox())
+    corner = [round(rng.uniform(0, max(0, CANVAS - side))) for side in mask.size]
+    picture.stamp(mask, (corner[0], corner[1]), rgb(colour, rng), kind, colour)
+    # the drawing's whole box counts as covered, strokes alone would leave most patches empty
+    box = (*corner, min(CANVAS, corner[0] + mask.width), min(CANVAS, corner[1] + mask.height))
+    picture.cover.paste(len(picture.kinds), box)
+
+
 @lru_cache(maxsize=4000)
 def font(path: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size)
 
 
-def add_text(picture: Picture, text: str, path: str, colour: str, rng: Random, width: float) -> None:
-    """Write `text` about `width` canvas pixels wide, somewhere that it fits; one object per character."""
+def add_text(
+    picture: Picture, text: str, path: str, colour: str, rng: Random, width: float,
+    rows: tuple[float, float] = (0, CANVAS), columns: tuple[float, float] = (0, CANVAS),
+) -> None:  # fmt: skip
+    """Write `text` about `width` canvas pixels wide, somewhere within rows and columns; one object per character."""
     probe = font(path, 60)
     left, top, right, bottom = probe.getbbox(text)
-    scale = min(width / max(1, right - left), 150 / max(1, bottom - top))
-    face = font(path, max(16, round(60 * scale) // 4 * 4))
+    scale = min(width / max(1, right - left), min(150, rows[1] - rows[0] - 12) / max(1, bottom - top))
+    face = font(path, max(16, int(60 * scale) // 4 * 4))
     left, top, right, bottom = face.getbbox(text)
     w, h = right - left, bottom - top
-    x = rng.uniform(6, max(6, CANVAS - w - 6)) - left
-    y = rng.uniform(6, max(6, CANVAS - h - 6)) - top
+    x = rng.uniform(columns[0] + 6, max(columns[0] + 6, columns[1] - w - 6)) - left
+    y = rng.uniform(rows[0] + 6, max(rows[0] + 6, rows[1] - h - 6)) - top
     fill = rgb(colour, rng)
     for index, character in enumerate(text):
         offset = face.getlength(text[:index])

@@ -23,7 +23,8 @@ CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
     "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 """The format of the released SmolVLM checkpoints (Apache-2.0)."""
@@ -81,18 +82,20 @@ def export(model: nn.Module, work: Path, folder: Path) -> None:
     write_processor(work, folder, {token: read.token_to_id(token) for token in SPECIAL})
 
 
-def latest(run: Path, module: nn.Module, kind: str = "average/", part: str = "smolvlm.", strict: bool = True) -> int:
-    """Load the averaged (or the live, "weights/") weights of the run's newest checkpoint; returns its step."""
+def latest(run: Path, module: nn.Module, wanted: tuple[str, ...] = ("",)) -> int:
+    """Load the averaged weights of the run's newest checkpoint, those parts that are wanted; returns its step."""
     from smolvlm_fms.training.checkpoint import CheckpointFolder
 
     checkpoints = CheckpointFolder(run / "checkpoints", 99)
     step = checkpoints.steps()[-1]
-    prefix = f"{kind}module.{part}"  # the model inside Sighted inside DistributedDataParallel
-    tensors = checkpoints.tensors(step)
-    state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    state = {}
+    for name, tensor in checkpoints.tensors(step).items():
+        kind, _, rest = name.partition("smolvlm.")  # inside Sighted, perhaps inside DistributedDataParallel
+        if kind.startswith("average/") and rest.startswith(wanted):
+            state[rest] = tensor
     missing, unexpected = module.load_state_dict(state, strict=False)
-    left = [name for name in missing if not name.startswith("text_model.head")]  # tied to the embedding
-    if strict and (left or unexpected):
+    left = [n for n in missing if n.startswith(wanted) and not n.startswith("text_model.head")]  # tied
+    if left or unexpected:
         raise SystemExit(f"{run} holds another model: missing {left}, unexpected {unexpected}")
     return step
 
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/bundled"))
     parser.add_argument("--out", type=Path, default=Path("src/smolvlm_fms/assets/demo"))
     args = parser.parse_args()
-    model = build(args.work, None)
+    model = build(args.work)
     step = latest(args.run, model)
     export(model, args.work, args.out)
     print(f"step {step} of {args.run} → {args.out}")

@@ -10,15 +10,15 @@ import argparse
 import json
 from pathlib import Path
 from random import Random
+from typing import Any
 
-import torch
-from PIL import Image
-from smolvlm_fms.fms_bridge.loading import load_model
+import smolvlm_fms as sv
+from smolvlm_fms.cli.demo import ask
 
 import skills
-from conversations import Writer
-from held_out import right
+from draw import Picture
 from sources import DEFAULT_WORK
+from wordings import Turn
 
 WANTED = {
     "single": ("shape", "colour", "size", "place"),
@@ -27,8 +27,26 @@ WANTED = {
     "number": ("digits",),
     "word": ("words",),
     "emoji": ("emoji",),
+    "flag": ("flag", "flag choice"),
+    "sketch": ("sketch",),
+    "chart": ("tallest colour", "count of bars", "biggest slice", "value of colour", "chart kind"),
+    "two": ("same shape", "picture of more", "picture of bigger", "thing in picture"),
+    "video": ("direction",),
 }
-EACH = {"single": 2, "pair": 1, "count": 1, "number": 1, "word": 1, "emoji": 4}
+EACH = {"single": 1, "pair": 1, "count": 1, "number": 1, "word": 1, "emoji": 3, "flag": 1, "sketch": 1, "chart": 1,
+        "two": 1, "video": 1}  # fmt: skip
+TRIES = 60
+"""Seeds a skill: one that fails on all of them is left out."""
+
+
+def questions(pictures: list[Picture], turns: list[Turn], skill: str, folder: Path, name: str) -> list[dict[str, Any]]:
+    """Entries of `questions.json` for these pictures, which are written into the folder."""
+    asked = [turn for turn in turns if turn.about in WANTED[skill]][:2]
+    names = [f"{name}-{index}.png" if len(pictures) > 1 else f"{name}.png" for index in range(1, len(pictures) + 1)]
+    for file, picture in zip(names, pictures, strict=True):
+        picture.image.save(folder / file, optimize=True)
+    kind = {"video": True} if skill == "video" else {}
+    return [{"images": names, "question": t.question, "answers": [t.answer], **kind} for t in asked]
 
 
 def main() -> None:
@@ -37,30 +55,30 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("src/smolvlm_fms/assets/demo"))
     parser.add_argument("--out", type=Path, default=Path("src/smolvlm_fms/assets/pictures"))
     args = parser.parse_args()
-    model, writer = load_model(args.model, dtype=torch.float32), Writer(args.work)
+    vlm = sv.load(str(args.model))
     world = skills.World.load(args.work, held_out=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for old in args.out.glob("*.png"):
         old.unlink()
-    table: list[dict[str, object]] = []
+    table: list[dict[str, Any]] = []
     for skill, number in EACH.items():
-        kept, seed = 0, 70_000
-        while kept < number:
-            seed += 1
-            picture, turns = skills.MAKERS[skill](world, Random(seed))
-            asked = [turn for turn in turns if turn.about in WANTED[skill]]
-            small = picture.image.resize((128, 128), Image.Resampling.LANCZOS)
-            pixels = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, 128, 128, 3)
-            if len(asked) < min(2, len(WANTED[skill])):
-                continue
-            if not all(right(model, writer, pixels.expand(len(asked), -1, -1, -1), asked)):
-                continue
-            kept += 1
-            name = f"{skill}-{kept}.png" if number > 1 else f"{skill}.png"
-            picture.image.save(args.out / name, optimize=True)
-            for turn in asked[:2]:
-                table.append({"images": [name], "question": turn.question, "answers": [turn.answer]})
-            print(name, seed, *asked, sep="\n   ")
+        kept = 0
+        for seed in range(70_000, 70_000 + TRIES):
+            made, turns = skills.MAKERS[skill](world, Random(seed))
+            name = f"{skill}-{kept + 1}" if number > 1 else skill
+            asked = questions(made if isinstance(made, list) else [made], turns, skill, args.out, name)
+            if asked and all(ask(vlm, args.out, one)[1] for one in asked):
+                kept += 1
+                table += asked
+                print(name, seed, [(one["question"], one["answers"]) for one in asked], flush=True)
+            if kept == number:
+                break
+        else:
+            print(f"{skill}: {kept} of {number} found", flush=True)
+    used = {name for one in table for name in one["images"]}
+    for file in args.out.glob("*.png"):
+        if file.name not in used:
+            file.unlink()
     (args.out / "questions.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from draw import TILE
 
 
 def config(tokenizer: Tokenizer, width: int = 192, tower_layers: int = 6, text_layers: int = 4) -> SmolVLMConfig:
-    """One tile of 128 pixels, 64 patches of 16, 16 image tokens."""
+    """One tile of 128 pixels, 64 patches of 16, 64 image tokens."""
     ids = {
         name: tokenizer.token_to_id(name) for name in ("<image>", "<|im_end|>", "<end_of_utterance>", "<|im_start|>")
     }
@@ -26,7 +26,7 @@ def config(tokenizer: Tokenizer, width: int = 192, tower_layers: int = 6, text_l
             max_position_embeddings=2048, rms_norm_eps=1e-5, rope_theta=10000.0,
             pad_token_id=ids["<|im_end|>"], bos_token_id=ids["<|im_start|>"], eos_token_id=ids["<end_of_utterance>"],
         ),
-        scale_factor=2, image_token_id=ids["<image>"], pad_token_id=ids["<|im_end|>"], tie_word_embeddings=True,
+        scale_factor=1, image_token_id=ids["<image>"], pad_token_id=ids["<|im_end|>"], tie_word_embeddings=True,
         dtype="bfloat16",
     )  # fmt: skip
 

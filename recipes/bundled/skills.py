@@ -1,118 +1,53 @@
 """What the bundled model is taught: pictures with several questions each, the same for the same seed.
 
-A `Sample` has a picture and turns (question, answer). Training draws from one side of every split, the held-out tests
-from the other: pairs of shape and colour, fonts, words and the art of the emoji are never shared.
+A `Sample` has pictures and turns (question, answer). Training draws from one side of every split, the held-out tests
+from the other: pairs of shape and colour, fonts, words, the art of the emoji, flags and sketches are never shared.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
-import art
-from draw import CANVAS, CHARACTERS, COLOURS, SHAPES, Picture, add_emoji, add_shape, add_text, background, finish
-from sources import HELD_OUT_ICONS, TRAIN_ICONS
+from charts import chart
+from draw import (
+    CANVAS,
+    COLOURS,
+    SHAPES,
+    Picture,
+    add_emoji,
+    add_flag,
+    add_shape,
+    add_sketch,
+    add_text,
+    background,
+    finish,
+)
+from several import scatter, two, video
 from wordings import Turn, article, ask, options, plural, yes_no
+from world import COMBOS_HELD_OUT, KINDS, World, place_of
 
-KINDS = ("background", *SHAPES, *art.EMOJI, *CHARACTERS)
-"""Names of the dense targets: what a patch can show."""
-
-COMBOS_HELD_OUT = {(shape, COLOURS[(3 * i + 1) % 11]) for i, shape in enumerate(SHAPES)}
-"""One colour of every shape that no training picture shows it in."""
-
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-FONT_STYLES_LEFT_OUT = ("italic", "oblique", "thin", "hairline", "light", "symbol", "smcp", "-it", "sc.", "outline",
-                        "inline", "shadow", "initials", "titl", "emoji", "keyboard", "variable", "[wght", "2-", "bi.",
-                        "ri.", "_i", "bolditalic", "libertinelogo", "rz", "sansita", "math")  # fmt: skip
+__all__ = ["COMBOS_HELD_OUT", "KINDS", "MAKERS", "MIXTURE", "SINGLE_PICTURE", "Sample", "World", "make", "place_of"]
 
 
 @dataclass
 class Sample:
-    """`pixels` (128, 128, 3) uint8; `turns` questions and their answers; `kinds` and `colours` (64,) dense targets."""
+    """`pixels` (N, 128, 128, 3) uint8, one a picture or frame; `turns` questions and their answers; `targets`
+    (N, 5, 64) int64, the dense targets of `draw.FIELDS`.
+    """
 
     skill: str
     pixels: np.ndarray
     turns: list[Turn]
-    kinds: np.ndarray
-    colours: np.ndarray
-
-
-def usable_fonts(folder: Path) -> list[Path]:
-    """Upright text fonts with the characters that we write."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".ttf", ".otf"))
-    plain = [p for p in found if "SC" not in p.stem and not any(s in p.name.lower() for s in FONT_STYLES_LEFT_OUT)]
-    return [path for path in plain if _latin(path)]
-
-
-def _latin(path: Path) -> bool:
-    """Whether the font has every character that we write, as different drawings."""
-    from PIL import ImageFont
-
-    try:
-        face = ImageFont.truetype(str(path), 40)
-        drawn = {
-            bytes(face.getmask(c)) + bytes(str(face.getbbox(c)), "ascii") for c in "ABCDEGHKMQRabdeghnqrt0123456789"
-        }
-        return len(drawn) == 31 and face.getlength("The") > 20
-    except (OSError, ValueError):
-        return False
-
-
-@dataclass
-class World:
-    """Everything that one side of the split draws with: fonts, words, emoji art and pairs of shape and colour."""
-
-    held_out: bool
-    fonts: list[str]
-    words: list[str]
-    emoji: dict[str, list[np.ndarray]]
-
-    @classmethod
-    def load(cls, work: Path, held_out: bool, icon_sets: list[str] | None = None) -> World:
-        """What `sources.py`, `art.py` and `cut_tokenizer.py` left in the work folder."""
-        side = "held_out" if held_out else "train"
-        index = work / f"fonts_{side}.json"
-        if not index.exists():
-            index.write_text(json.dumps([str(path) for path in usable_fonts(work / "fonts" / side)], indent=0))
-        words = json.loads((work / "words.json").read_text())[side]
-        emoji = art.classes(work, icon_sets or list(HELD_OUT_ICONS if held_out else TRAIN_ICONS))
-        return cls(held_out, json.loads(index.read_text()), words, {name: p for name, p in emoji.items() if p})
+    targets: np.ndarray
 
     @property
-    def emoji_words(self) -> list[str]:
-        return list(self.emoji)
-
-    def combo(
-        self, rng: Random, shape: str | None = None, colour: str | None = None, avoid: set[str] = frozenset()
-    ) -> tuple[str, str]:  # type: ignore[assignment]
-        """A shape and a colour of this side of the split."""
-        while True:
-            pair = shape or rng.choice(SHAPES), colour or rng.choice(COLOURS)
-            if pair[1] in avoid:
-                continue
-            if (pair in COMBOS_HELD_OUT) == self.held_out or (shape is not None and colour is not None):
-                return pair
-
-
-def place_of(x: float, y: float) -> str | None:
-    """Name of the ninth of the canvas, None within a fuzzy margin between two."""
-    cells = []
-    for v in (x / CANVAS, y / CANVAS):
-        if v < 0.34:
-            cells.append(0)
-        elif 0.42 < v < 0.58:
-            cells.append(1)
-        elif v > 0.66:
-            cells.append(2)
-        else:
-            return None
-    return PLACES[cells[1] * 3 + cells[0]]
+    def is_video(self) -> bool:
+        return self.skill == "video"
 
 
 def thing_turns(rng: Random, kind: str, noun: str, pool: list[str], about: str) -> tuple[Turn, Turn, Turn]:
@@ -213,20 +148,6 @@ def pair_turns(rng: Random, first: tuple[str, str], second: tuple[str, str], sid
     return turns[:6]
 
 
-def scatter(rng: Random, count: int, radius: float) -> list[tuple[float, float]]:
-    """`count` centres at least 2.25 radii apart, fewer tries with smaller radii always succeed."""
-    margin = radius * 1.08
-    while True:
-        spots: list[tuple[float, float]] = []
-        for _ in range(60):
-            spot = rng.uniform(margin, CANVAS - margin), rng.uniform(margin, CANVAS - margin)
-            if all((spot[0] - x) ** 2 + (spot[1] - y) ** 2 > (2.25 * radius) ** 2 for x, y in spots):
-                spots.append(spot)
-                if len(spots) == count:
-                    return spots
-        radius *= 0.95
-
-
 def count(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """One to six shapes, of one kind or of two."""
     total = rng.randint(1, 6)
@@ -268,27 +189,27 @@ _TOO_NEAR = (
 
 
 def written(world: World, rng: Random, text: str, about: str) -> tuple[Picture, list[Turn]]:
-    """A number or a word in large letters."""
+    """A number or words in large letters, each word on a line of its own."""
     colour = rng.choice(COLOURS)
     avoid = {colour}.union(*(near for near in _TOO_NEAR if colour in near))
     if rng.random() < 0.4:
         colour, avoid = "black", set(COLOURS) - {"white", "yellow", "pink"}
     picture = background(rng, avoid)
-    most = {1: 120, 2: 200, 3: 240}.get(len(text), 248)
-    add_text(picture, text, rng.choice(world.fonts), colour, rng, rng.uniform(0.6, 1.0) * most)
+    path, lines = rng.choice(world.fonts), text.split()
+    share = rng.uniform(0.6, 1.0)
+    for index, line in enumerate(lines):
+        most = {1: 120, 2: 200, 3: 240}.get(len(line), 248)
+        rows = (CANVAS / len(lines) * index, CANVAS / len(lines) * (index + 1))
+        add_text(picture, line, path, colour, rng, share * most if len(line) < 4 else max(share, 0.75) * most, rows)
     sign = "digit" if about == "digits" else "letter"
-    turns = [
-        ask(rng, about, text),
-        ask(rng, "length", str(len(text)), sign=sign),
-        *(
-            [ask(rng, "first of", text[0], sign=sign), ask(rng, "last of", text[-1], sign=sign)]
-            if len(text) > 1
-            else []
-        ),
-    ]
-    if rng.random() < 0.4:
+    turns = [ask(rng, about if len(lines) == 1 else "lines", text)]
+    if len(lines) == 1:
+        turns.append(ask(rng, "length", str(len(text)), sign=sign))
+        if len(text) > 1:
+            turns += [ask(rng, "first of", text[0], sign=sign), ask(rng, "last of", text[-1], sign=sign)]
+    if rng.random() < 0.3:
         turns.append(ask(rng, "ink", colour, written="number" if about == "digits" else "text"))
-    if rng.random() < 0.3 and picture.background:
+    if rng.random() < 0.2 and picture.background:
         turns.append(Turn("What color is the background?", picture.background, "background"))
     rng.shuffle(turns)
     return picture, turns
@@ -302,13 +223,51 @@ def number(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
 
 
 def word(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
-    """A word of two to five letters; in training three in ten are letters drawn at random."""
-    if world.held_out or rng.random() < 0.7:
-        text = rng.choice(world.words)
-        text = text.upper() if rng.random() < 0.7 else text
-    else:
-        text = "".join(rng.choice("ABCDEFGHIJKLMNOPRSTUVWYZ") for _ in range(rng.randint(1, 5)))
-    return written(world, rng, text, "words")
+    """One or two words in capitals, of two to five letters; in training three in ten are letters drawn at random."""
+    words = []
+    for _ in range(2 if rng.random() < 0.25 else 1):
+        if world.held_out or rng.random() < 0.7:
+            words.append(rng.choice(world.words).upper())
+        else:
+            letters = ""
+            while not letters or letters.lower() in world.banned:
+                letters = "".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(rng.randint(1, 5)))
+            words.append(letters)
+    return written(world, rng, " ".join(words), "words")
+
+
+def flag(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """One flag on a plain background."""
+    countries = [country for country, pictures in world.flags.items() if pictures]
+    country = rng.choice(countries)
+    picture = background(rng, set())
+    picture.background = None
+    add_flag(picture, rng.choice(world.flags[country]), country, rng)
+    claim = country if rng.random() < 0.5 else rng.choice([c for c in countries if c != country])
+    closed = [
+        ask(rng, "is flag", yes_no(claim == country), claim=claim),
+        ask(rng, "flag choice", country, options=options(rng, country, countries)),
+    ]
+    turns = [rng.choice(closed), ask(rng, "flag", country)]
+    rng.shuffle(turns)
+    return picture, turns
+
+
+def sketch(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """One sketch, with a dark pen on light paper or the other way round."""
+    kinds = list(world.sketches)
+    kind = rng.choice(kinds)
+    colour = rng.choice(["black", "black", "black", "blue", "red", "green", "purple", "brown", "white"])
+    picture = background(rng, set(COLOURS) - ({"black", "blue"} if colour == "white" else {"white", "yellow"}))
+    add_sketch(picture, rng.choice(world.sketches[kind]), kind, colour, rng)
+    claim = kind if rng.random() < 0.5 else rng.choice([k for k in kinds if k != kind])
+    plain = ("glasses", "headphones", "lightning", "pants", "scissors")  # words that take no "a"
+    closed = [ask(rng, "sketch choice", kind, options=options(rng, kind, kinds))]
+    if claim not in plain:
+        closed.append(ask(rng, "is sketch", yes_no(claim == kind), a_claim=article(claim)))
+    turns = [rng.choice(closed), ask(rng, "sketch", kind)]
+    rng.shuffle(turns)
+    return picture, turns
 
 
 def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
@@ -352,28 +311,39 @@ def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     ]
 
 
-MAKERS: dict[str, Callable[[World, Random], tuple[Picture, list[Turn]]]] = {
-    "single": single,
-    "pair": pair,
-    "count": count,
-    "number": number,
-    "word": word,
-    "emoji": emoji,
-}
-MIXTURE = {"single": 0.16, "pair": 0.16, "count": 0.15, "number": 0.13, "word": 0.2, "emoji": 0.2}
+Maker = Callable[[World, Random], tuple[Any, list[Turn]]]
+MAKERS: dict[str, Maker] = {
+    "single": single, "pair": pair, "count": count, "number": number, "word": word, "emoji": emoji, "flag": flag,
+    "sketch": sketch, "chart": chart, "two": two, "video": video,
+}  # fmt: skip
+"""Skill → what draws it: one `Picture` (a list of them for `two` and `video`) and the questions about it."""
+SINGLE_PICTURE = {
+    "single": 0.08, "pair": 0.11, "count": 0.09, "number": 0.08, "word": 0.15, "emoji": 0.21, "flag": 0.09,
+    "sketch": 0.11, "chart": 0.08,
+}  # fmt: skip
+"""The mixture of the warm-up: what is one picture."""
+MIXTURE = {**SINGLE_PICTURE, "two": 0.06, "video": 0.05}
+_KIND_INDEX = {name: index for index, name in enumerate(KINDS)}
 
 
-@lru_cache(maxsize=1)
-def _kind_index() -> dict[str, int]:
-    return {name: index for index, name in enumerate(KINDS)}
-
-
-def make(world: World, seed: int, skill: str | None = None, strength: float = 1.0) -> Sample:
-    """The sample of this seed; the skill is drawn from the mixture unless named."""
+def make(
+    world: World,
+    seed: int,
+    skill: str | None = None,
+    strength: float = 1.0,
+    mixture: dict[str, float] = MIXTURE,
+    pixels: bool = True,
+) -> Sample:
+    """The sample of this seed; the skill is drawn from the mixture unless named. Without `pixels` these are empty."""
     rng = Random(seed)
-    skill = skill or rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    picture, turns = MAKERS[skill](world, rng)
-    objects, owner = picture.patches()
-    kinds = np.array([0] + [_kind_index()[kind] for kind, _ in objects[1:]], np.int64)[owner]
-    shades = [COLOURS.index(c) if c else 255 for c in [picture.background, *[c for _, c in objects[1:]]]]
-    return Sample(skill, finish(picture, rng, strength), turns, kinds, np.array(shades, np.int64)[owner])
+    skill = skill or rng.choices(list(mixture), list(mixture.values()))[0]
+    made, turns = MAKERS[skill](world, rng)
+    pictures: list[Picture] = made if isinstance(made, list) else [made]
+    targets = np.stack([picture.targets(_KIND_INDEX) for picture in pictures])
+    if not pixels:
+        return Sample(skill, np.empty((0, 0, 0, 3), np.uint8), turns, targets)
+    states = [rng.getrandbits(32) for _ in pictures]
+    if skill == "video":  # a camera changes light and noise for all frames alike
+        states = states[:1] * len(pictures)
+    drawn = [finish(picture, Random(state), strength) for picture, state in zip(pictures, states, strict=True)]
+    return Sample(skill, np.stack(drawn), turns, targets)

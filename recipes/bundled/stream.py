@@ -28,12 +28,12 @@ class Stream(IterableDataset[dict[str, Any]]):
         number = self.rank
         while True:
             first = self.start + number * self.batch
-            samples = [skills.make(world, seed) for seed in range(first, first + self.batch)]
+            samples = [
+                skills.make(world, seed, mixture=skills.SINGLE_PICTURE) for seed in range(first, first + self.batch)
+            ]
             yield {
-                "pixels": torch.from_numpy(np.stack([s.pixels for s in samples])),
-                "kinds": torch.from_numpy(np.stack([s.kinds for s in samples])),
-                "colours": torch.from_numpy(np.stack([s.colours for s in samples])),
-                "turns": [s.turns for s in samples],
+                "pixels": torch.from_numpy(np.concatenate([s.pixels for s in samples])),
+                "targets": torch.from_numpy(np.concatenate([s.targets for s in samples])),
                 "skills": [s.skill for s in samples],
             }
             number += self.world

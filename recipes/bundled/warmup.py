@@ -1,16 +1,19 @@
-"""Teach the tower to see before it learns to speak: what kind and colour of thing does each patch show?
+"""Teach the tower to see before it learns to speak: what does each patch show, of which colour, how large, where?
 
-The generator knows the answer for each of the 64 patches, so one picture gives 128 targets where a question gives one.
-Writes `tower.pt` (the tower's state dict) into the run folder.
+The generator knows the answers for each of the 64 patches, so one picture gives hundreds of targets where a question
+gives one.
+Writes `tower.pt` (tower, symbols, optimisers) into the run folder every few minutes; the same command goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,66 +22,41 @@ from smolvlm_fms.modules.vision import SiglipTower
 from torch import Tensor, nn
 
 import skills
-from draw import GRID
 from shape import config, tokenizer
 from sources import DEFAULT_WORK
 from stream import Stream, loader, normalise
-
-
-class DenseHeads(nn.Module):
-    """Linear readings of the tower's patch features; thrown away after the warm-up."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.kinds = nn.Linear(width, len(skills.KINDS))
-        self.colours = nn.Linear(width, len(skills.COLOURS))
-        self.rows, self.columns = nn.Linear(width, GRID), nn.Linear(width, GRID)
-
-    def losses(self, features_NPD: Tensor, kinds_NP: Tensor, colours_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-entropies of kinds (background counts a fifth), colours (255: unknown, ignored) and the patch's place.
-
-        Without the last one a tower forgets where it looks: after 50,000 conversations a linear probe found a patch's
-        place in one case of five, and questions about left and right were answered by chance.
-        """
-        weights = torch.ones(len(skills.KINDS))
-        weights[0] = 0.2
-        flat = features_NPD.flatten(0, 1)
-        kinds = F.cross_entropy(self.kinds(flat).float(), kinds_NP.flatten(), weights)
-        colours = F.cross_entropy(self.colours(flat).float(), colours_NP.flatten(), ignore_index=255)
-        rows_NP = (torch.arange(GRID * GRID) // GRID).expand(len(kinds_NP), -1)
-        columns_NP = (torch.arange(GRID * GRID) % GRID).expand(len(kinds_NP), -1)
-        rows = F.cross_entropy(self.rows(flat).float(), rows_NP.flatten())
-        return kinds, colours, rows + F.cross_entropy(self.columns(flat).float(), columns_NP.flatten())
+from symbols import Symbols, total
 
 
 @torch.no_grad()
-def accuracy(features_NPD: Tensor, heads: DenseHeads, batch: dict[str, Tensor]) -> dict[str, float]:
+def accuracy(features_NPD: Tensor, symbols: Symbols, batch: dict[str, Any]) -> dict[str, float]:
     """Share of object patches named rightly, per skill."""
-    right = heads.kinds(features_NPD).argmax(-1) == batch["kinds"]
+    kinds = batch["targets"][:, 0]
+    right = symbols.logits(features_NPD, "kind").argmax(-1) == kinds
     result = {}
-    for skill in skills.MIXTURE:
+    for skill in skills.SINGLE_PICTURE:
         rows = torch.tensor([s == skill for s in batch["skills"]])
-        objects = (batch["kinds"] > 0) & rows[:, None]
+        objects = (kinds > 0) & rows[:, None]
         if objects.any():
             result[skill] = round(right[objects].float().mean().item(), 3)
     return result
 
 
 class Warmup(nn.Module):
-    """Tower and heads in one, so that processes can share their gradients."""
+    """Tower and symbols in one, so that processes can share their gradients."""
 
     def __init__(self, tower: SiglipTower, width: int) -> None:
         super().__init__()
-        self.tower, self.heads = tower, DenseHeads(width)
+        self.tower, self.symbols = tower, Symbols(width)
 
     def features(self, pixels_NCHW: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             features_NPD: Tensor = self.tower(pixels_NCHW)
         return features_NPD.float()
 
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         features = self.features(normalise(batch["pixels"]))
-        return *self.heads.losses(features, batch["kinds"], batch["colours"]), features.detach()
+        return self.symbols.losses(features, batch["targets"]), features.detach()
 
 
 def grid_positions(side: int, width: int) -> Tensor:
@@ -95,6 +73,24 @@ def grid_positions(side: int, width: int) -> Tensor:
     return torch.cat([rows, columns], -1).reshape(side * side, width)
 
 
+@torch.no_grad()
+def whiten(tower: SiglipTower, pixels_NHWC: Tensor, scale: float = 0.5) -> None:
+    """Start the patch projection from the principal components of these pictures' patches, each of the same variance.
+
+    At random it would report little but a patch's mean colour, because that is where nearly all variance is (the start
+    of arXiv 2404.00498's first layer).
+    """
+    projection = tower.embeddings.patch_embedding
+    side = projection.kernel_size[0]
+    patches_KV = F.unfold(normalise(pixels_NHWC), side, stride=side).transpose(1, 2).flatten(0, 1)
+    mean = patches_KV.mean(0)
+    variances, directions = torch.linalg.eigh(torch.cov((patches_KV - mean).T))
+    variances, directions = variances[-projection.out_channels :], directions[:, -projection.out_channels :]
+    weight = scale * (directions / (variances + 1e-4 * variances.max()).sqrt()).T
+    projection.weight.copy_(weight.view_as(projection.weight))
+    projection.bias.copy_(-weight @ mean)
+
+
 def build_optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
@@ -103,6 +99,21 @@ def build_optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=lr, weight_decay=0.05, betas=(0.9, 0.98)),
     ]
+
+
+def agreed(done: float, world: int) -> float:
+    """The first process's clock: all must stop at the same step."""
+    if world == 1:
+        return done
+    clock = torch.tensor(done)
+    dist.broadcast(clock, 0)
+    return float(clock)
+
+
+def save(model: Warmup, optimisers: list[torch.optim.Optimizer], seen: int, step: int, folder: Path) -> None:
+    state = {"tower": model.tower.state_dict(), "symbols": model.symbols.state_dict(), "seen": seen, "step": step}
+    torch.save(state | {"optimisers": [one.state_dict() for one in optimisers]}, folder / "tower.part")
+    (folder / "tower.part").replace(folder / "tower.pt")
 
 
 def main() -> None:
@@ -125,49 +136,52 @@ def main() -> None:
         tower.embeddings.position_embedding.weight.copy_(
             grid_positions(vision.patches_per_side, vision.hidden_size) * 0.1
         )
+    whiten(tower, next(iter(Stream(args.work, 256, start=9_000_000)))["pixels"])
     model = Warmup(tower, vision.hidden_size)
     run = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     optimisers = build_optimisers(model, args.lr)
-    begin, seen, step, recent = time.time(), 0, 0, torch.zeros(2)
-    for batch in loader(args.work, args.batch, 10_000_000, rank, world):
-        done = (time.time() - begin) / 60 / args.minutes
-        if world > 1:  # the processes' clocks must agree on the last step
-            clock = torch.tensor(done)
-            dist.broadcast(clock, 0)
-            done = float(clock)
+    begin, seen, step = time.time(), 0, 0
+    recent: defaultdict[str, float] = defaultdict(float)
+    if (args.out / "tower.pt").exists():
+        state = torch.load(args.out / "tower.pt", weights_only=True)
+        tower.load_state_dict(state["tower"])
+        model.symbols.load_state_dict(state["symbols"])
+        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        seen, step = state["seen"], state["step"]
+    for batch in loader(args.work, args.batch, 10_000_000 + seen, rank, world):
+        done = agreed((time.time() - begin) / 60 / args.minutes, world)
         if done >= 1:
             break
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.55 + 0.45 * math.cos(math.pi * done))
-        kinds, colours, places, features = run(batch)
+            group["lr"] = args.lr * min(1, (step + 1) / 100)
+        losses, features = run(batch)
         model.zero_grad(set_to_none=True)
-        (kinds + 0.5 * colours + 0.2 * places).backward()
+        total(losses).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in optimisers:
             optimiser.step()
-        recent = recent + torch.stack([kinds.detach(), colours.detach()]) / 50
+        for field, loss in losses.items():
+            recent[field] += float(loss.detach().nan_to_num(0)) / 50
         seen, step = seen + args.batch * world, step + 1
         if step % 50 == 0 and rank == 0:
             took = time.time() - begin
-            print(
-                f"{took:.0f}s {seen} {seen / took:.0f}/s kinds {recent[0]:.3f} colours {recent[1]:.3f}",
-                accuracy(features, model.heads, batch),
-                flush=True,
-            )
+            shown = {field: round(value, 3) for field, value in recent.items()}
+            right = accuracy(features, model.symbols, batch)
+            line = json.dumps({"step": step, "samples": seen, "seconds": round(took), "loss": shown, "right": right})
+            print(line, flush=True)
+            with (args.out / "metrics.jsonl").open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
         if step % 50 == 0:
-            recent = torch.zeros(2)
-        if step % 1000 == 0 and rank == 0:
-            torch.save(
-                {"tower": tower.state_dict(), "heads": model.heads.state_dict(), "seen": seen}, args.out / "tower.pt"
-            )
+            recent.clear()
+        if step % 100 == 0 and rank == 0:
+            save(model, optimisers, seen, step, args.out)
     if rank == 0:
-        torch.save(
-            {"tower": tower.state_dict(), "heads": model.heads.state_dict(), "seen": seen}, args.out / "tower.pt"
-        )
+        save(model, optimisers, seen, step, args.out)
         held_out = next(iter(Stream(args.work, 1200, start=1, held_out=True)))
         with torch.no_grad():
             features = torch.cat([model.features(normalise(p)) for p in held_out["pixels"].split(100)])
-            print("held out:", accuracy(features, model.heads, held_out), flush=True)
+            print("held out:", accuracy(features, model.symbols, held_out), flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

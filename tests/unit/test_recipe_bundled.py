@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +21,22 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "bundled"
 sys.path.insert(0, str(RECIPE))
 
+import charts  # noqa: E402
 import conversations  # noqa: E402
 import cut_tokenizer  # noqa: E402
 import draw  # noqa: E402
+import shape  # noqa: E402
+import sighted  # noqa: E402
 import skills  # noqa: E402
+import symbols  # noqa: E402
+import train  # noqa: E402
+import warmup  # noqa: E402
 import wordings  # noqa: E402
+from stream import normalise  # noqa: E402
 
+from smolvlm_fms.config import VisionConfig  # noqa: E402
+from smolvlm_fms.model.smolvlm import SmolVLM  # noqa: E402
+from smolvlm_fms.modules.vision import SiglipTower  # noqa: E402
 from smolvlm_fms.training import IGNORE  # noqa: E402
 
 DEMO = ROOT / "src" / "smolvlm_fms" / "assets" / "demo"
@@ -35,28 +50,39 @@ def emoji_art(level: int) -> np.ndarray:
 
 def world(held: bool = False) -> skills.World:
     art = {"dog": [emoji_art(200)], "cat": [emoji_art(120)], "bee": [emoji_art(60)], "car": [emoji_art(20)]}
-    return skills.World(held, fonts=[], words=["house"], emoji=art)
+    flags = {name: [emoji_art(level)] for name, level in (("France", 9), ("Peru", 70), ("Japan", 150), ("Chile", 240))}
+    ink = {name: np.eye(28, dtype=np.uint8)[None] * 255 for name in ("apple", "key", "sun", "tree")}
+    return skills.World(held, fonts=[], words=["house"], emoji=art, flags=flags, sketches=ink)
 
 
-@pytest.mark.parametrize("skill", ["single", "pair", "count", "emoji"])
+@pytest.mark.parametrize("skill", ["single", "pair", "count", "emoji", "flag", "sketch", "chart", "two", "video"])
 def test_the_same_seed_gives_the_same_sample(skill: str) -> None:
     first, again, other = (skills.make(world(), seed, skill) for seed in (5, 5, 6))
     assert first.turns == again.turns and np.array_equal(first.pixels, again.pixels)
     assert not np.array_equal(first.pixels, other.pixels)
-    assert first.pixels.shape == (128, 128, 3) and first.pixels.dtype == np.uint8
-    assert first.kinds.shape == first.colours.shape == (64,)
+    pictures = {"two": 2, "video": 3}.get(skill, 1)
+    assert first.pixels.shape == (pictures, 128, 128, 3) and first.pixels.dtype == np.uint8
+    assert first.targets.shape == (pictures, len(draw.FIELDS), 64) and first.targets.dtype == np.int64
+    unseen = skills.make(world(), 5, skill, pixels=False)
+    assert unseen.turns == first.turns and np.array_equal(unseen.targets, first.targets)
 
 
 def shown(sample: skills.Sample) -> set[tuple[str, str]]:
     """Pairs of shape and colour that the dense targets report."""
-    pairs = zip(sample.kinds.tolist(), sample.colours.tolist(), strict=True)
-    return {(skills.KINDS[kind], draw.COLOURS[colour]) for kind, colour in pairs if kind}
+    pairs = zip(sample.targets[:, 0].flatten().tolist(), sample.targets[:, 1].flatten().tolist(), strict=True)
+    return {(skills.KINDS[kind], draw.COLOURS[colour]) for kind, colour in pairs if kind and colour >= 0}
+
+
+def middle(targets: np.ndarray) -> tuple[float, float]:
+    """Row and column of the middle of what is not background, in patches."""
+    rows, columns = np.nonzero(targets[0].reshape(8, 8))
+    return rows.mean(), columns.mean()
 
 
 def test_held_out_pairs_are_never_trained_on_and_always_tested() -> None:
     seen: Counter[bool] = Counter()
     for seed in range(150):
-        for skill in ("single", "pair", "count"):
+        for skill in ("single", "pair", "count", "two", "video"):
             assert not shown(skills.make(world(), seed, skill)) & skills.COMBOS_HELD_OUT
         for pair in shown(skills.make(world(held=True), seed, "single")):
             seen[pair in skills.COMBOS_HELD_OUT] += 1
@@ -79,11 +105,11 @@ def test_answers_are_what_the_picture_shows() -> None:
             elif about == "description":
                 assert f"{colour} {shape}" in answer
             elif about in ("left or right", "top or bottom"):
-                middle = np.nonzero(sample.kinds.reshape(8, 8))[int(about == "left or right")].mean()
-                assert (answer in ("left", "top")) == (middle < 3.5), question
+                where = middle(sample.targets[0])[int(about == "left or right")]
+                assert (answer in ("left", "top")) == (where < 3.5), question
             elif about == "place":
-                rows, columns = np.nonzero(sample.kinds.reshape(8, 8))
-                centre = (columns.mean() + 0.5) * 32, (rows.mean() + 0.5) * 32
+                row, column = middle(sample.targets[0])
+                centre = (column + 0.5) * 32, (row + 0.5) * 32
                 assert skills.place_of(*centre) in (answer, None), (question, centre)
     assert (
         min(
@@ -109,6 +135,87 @@ def test_counts_agree_with_the_picture() -> None:
                 assert int(answer) == next(n for shade, n in shades.items() if f" {shade} " in question), question
 
 
+def test_bars_are_as_tall_as_the_answers_say() -> None:
+    checked: Counter[str] = Counter()
+    for seed in range(150):
+        picture, turns = charts.bars(world(), Random(seed))
+        cover = np.asarray(picture.cover)
+        heights = {c: int(np.ptp(np.nonzero(cover == i)[0])) for i, c in enumerate(picture.colours, 1) if c}
+        for question, answer, about in turns:
+            checked[about] += 1
+            if about == "count of bars":
+                assert int(answer) == len(picture.kinds)
+            elif about == "tallest colour":
+                assert heights[answer] == max(heights.values()), question
+            elif about == "shortest colour":
+                assert heights[answer] == min(heights.values()), question
+    assert min(checked[about] for about in ("count of bars", "tallest colour", "shortest colour", "chart kind")) > 20
+
+
+def test_slices_cover_what_the_answers_say() -> None:
+    for seed in range(60):
+        picture, turns = charts.pie(world(), Random(seed))
+        cover = np.bincount(np.asarray(picture.cover).ravel(), minlength=len(picture.kinds) + 1)[1:]
+        area = dict(zip(picture.colours, cover, strict=True))
+        for _, answer, about in turns:
+            if about == "count of slices":
+                assert int(answer) == len(area)
+            elif about == "biggest slice":
+                assert area[answer] == max(area.values())
+            elif about == "smallest slice":
+                assert area[answer] == min(area.values())
+
+
+def test_lines_go_where_the_answers_say() -> None:
+    for seed in range(30):
+        picture, turns = charts.line(world(), Random(seed))
+        rows, columns = np.nonzero(np.asarray(picture.cover))
+        rises = np.polyfit(columns, rows, 1)[0] < 0
+        assert [answer for _, answer, about in turns if about == "line direction"] == ["up" if rises else "down"]
+
+
+def test_things_in_videos_move_as_the_answers_say() -> None:
+    checked: Counter[str] = Counter()
+    for seed in range(150):
+        sample = skills.make(world(), seed, "video")
+        if any(about == "stays" for _, _, about in sample.turns):
+            continue
+        (top, left), (bottom, right) = middle(sample.targets[0]), middle(sample.targets[-1])
+        down, across = bottom - top, right - left
+        for question, answer, about in sample.turns:
+            checked[about] += 1
+            if about == "direction":
+                seen = (
+                    ("right" if across > 0 else "left") if abs(across) > abs(down) else ("down" if down > 0 else "up")
+                )
+                assert answer == seen, question
+            elif about == "grows":
+                areas = [(targets[0] > 0).sum() for targets in sample.targets]
+                assert (answer == "bigger") == (areas[0] < areas[-1])
+    assert checked["direction"] > 40 and checked["grows"] > 10
+
+
+def test_pictures_are_compared_as_they_are() -> None:
+    checked: Counter[str] = Counter()
+    for seed in range(150):
+        sample = skills.make(world(), seed, "two")
+        kinds = [set(targets[0].tolist()) - {0} for targets in sample.targets]
+        areas = [(targets[0] > 0).sum() for targets in sample.targets]
+        middles = [(targets[2] == 1).sum() for targets in sample.targets]
+        for question, answer, about in sample.turns:
+            checked[about] += 1
+            if about in ("same shape", "same thing"):
+                assert answer == wordings.yes_no(kinds[0] == kinds[1]), question
+            elif about == "picture of bigger":
+                assert answer == ("first" if areas[0] > areas[1] else "second"), question
+            elif about == "picture of more":
+                assert answer == ("first" if middles[0] > middles[1] else "second"), question
+            elif about == "picture with":
+                (kind,) = kinds[0] if answer == "first" else kinds[1]
+                assert skills.KINDS[kind] in question
+    assert min(checked[about] for about in ("same shape", "same thing", "picture of bigger", "picture of more")) > 15
+
+
 def test_yes_and_no_are_both_right_about_half_the_time() -> None:
     said = Counter(
         answer
@@ -123,10 +230,12 @@ def test_yes_and_no_are_both_right_about_half_the_time() -> None:
 def test_a_patch_is_named_for_the_object_that_covers_it() -> None:
     picture = draw.background(Random(0), {"red"})
     draw.add_shape(picture, "square", "red", (64, 64), 60, Random(0))
-    objects, owner = picture.patches()
-    assert objects == [None, ("square", "red")]
-    grid = owner.reshape(8, 8)
-    assert grid[1:3, 1:3].all() and not grid[5:].any() and not grid[:, 5:].any()
+    kinds, colours, centres, sizes, heights = picture.targets({"background": 0, "square": 1}).reshape(5, 8, 8)
+    assert kinds[1:3, 1:3].all() and not kinds[5:].any() and not kinds[:, 5:].any()
+    assert (colours[kinds == 1] == draw.COLOURS.index("red")).all()
+    assert centres.sum() == 1 and centres[1:3, 1:3].sum() == 1
+    assert set(sizes[kinds == 1]) == {3} and set(heights[kinds == 1]) <= {3, 4}
+    assert (sizes[kinds == 0] == draw.UNKNOWN).all()
 
 
 def test_places_have_a_margin_between_them() -> None:
@@ -159,10 +268,92 @@ def test_only_answers_are_learnt(writer: conversations.Writer) -> None:
     assert learnt == " a dog<end_of_utterance> brown<end_of_utterance>"
     text = writer.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     assert text == (
-        "<|im_start|>User:<fake_token_around_image><global-img>" + "<image>" * 16 + "<fake_token_around_image>"
+        "<|im_start|>User:<fake_token_around_image><global-img>" + "<image>" * 64 + "<fake_token_around_image>"
         "What is this?<end_of_utterance>\nAssistant: a dog<end_of_utterance>"
         "\nUser: What color is it?<end_of_utterance>\nAssistant: brown<end_of_utterance>"
     )
+
+
+def test_turns_apart_are_what_each_would_be_alone(writer: conversations.Writer) -> None:
+    """The mask and the places make a row of five questions the same as five rows of one."""
+    torch.manual_seed(0)
+    model = SmolVLM(shape.config(writer.tokenizer)).eval()
+    model.reset_parameters()
+    model.post_init()
+    turns = [("What is this?", "dog"), ("Is it red?", "yes"), ("Where is it?", "top left")]
+    pixels = torch.randn(1, 1, 3, 128, 128)
+    batches = SimpleNamespace(extra={})
+    sighted_model = sighted.Sighted(model, symbols.Symbols(192), batches, 0.5).eval()  # type: ignore[arg-type]
+    row = writer.row(turns, apart=True)
+    batches.extra = {"branches": row.branches[None], "pictures": torch.tensor([1])}
+    with torch.no_grad():
+        together = sighted_model(input_ids=row.ids[None], pixel_values=pixels, position_ids=row.places[None])[0]
+        for index, turn in enumerate(turns):
+            ids, labels = writer.write([turn])
+            alone = model(input_ids=ids[None], pixel_values=pixels)[0]
+            own = row.branches == index + 1
+            assert torch.equal(row.labels[own], labels[-int(own.sum()) :])
+            torch.testing.assert_close(together[own], alone[-int(own.sum()) :], atol=1e-4, rtol=1e-4)
+
+
+def test_symbols_say_what_they_were_told() -> None:
+    table = symbols.Symbols(192)
+    targets = torch.from_numpy(np.concatenate([skills.make(world(), seed, "pair").targets for seed in range(20)]))
+    features = table.describe(targets)
+    for field, wanted in symbols.with_places(targets).items():
+        known = wanted != draw.UNKNOWN
+        read = table.logits(features, field).argmax(-1)
+        assert (read == wanted)[known].float().mean() > 0.9, field
+    losses = table.losses(features.requires_grad_(), targets)
+    symbols.total(losses).backward()
+    assert features.grad is not None and features.grad.isfinite().all()
+
+
+def test_a_connector_is_translated_to_what_a_tower_says() -> None:
+    """Least squares finds the symbols in features that hold them in another language."""
+    table = symbols.Symbols(192)
+    targets = torch.from_numpy(np.concatenate([skills.make(world(), seed, "single").targets for seed in range(30)]))
+    told = table.describe(targets).flatten(0, 1)
+    language = torch.linalg.qr(torch.randn(192, 192, generator=torch.Generator().manual_seed(1)))[0]
+    into_symbols, explained = train.least_squares(told @ language, told)
+    assert explained > 0.95
+    assert (told @ language @ into_symbols - told).abs().mean() < 0.05
+
+
+def test_training_resumes_in_the_middle_of_a_window(writer: conversations.Writer) -> None:
+    def stream(start: int) -> Iterator[Any]:
+        batches = sighted.DenseBatches(Path("unused"), batch_size=2, pad_token_id=2)
+        batches.dataset._ready = world(), writer
+        for batch in batches.stream(start):
+            yield batch | batches.extra
+
+    mixture = {"single": 0.5, "two": 0.25, "video": 0.25}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skills, "make", functools.partial(skills.make, mixture=mixture))
+        whole = list(itertools.islice(stream(0), sighted.WINDOW + 2))
+        again = next(stream(sighted.WINDOW + 1))
+    assert all(torch.equal(again[name], whole[-1][name]) for name in again)
+    for batch in whole:
+        rows, length = batch["input_ids"].shape
+        assert batch["branches"].shape == batch["position_ids"].shape == (rows, length)
+        assert len(batch["targets"]) == batch["pictures"].sum() and batch["pixel_values"].dtype == torch.uint8
+        tokens = (batch["input_ids"] == writer.ids("<image>")[0]).sum(1)
+        assert torch.equal(tokens, batch["pictures"] * writer.tokens_per_tile)
+
+
+def test_a_whitened_projection_sees_more_than_mean_colours() -> None:
+    """Its outputs on pictures like those it was made from are uncorrelated and of one variance."""
+    pixels = torch.from_numpy(np.concatenate([skills.make(world(), seed, "emoji").pixels for seed in range(60)]))
+    tower = SiglipTower(VisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=1,
+                                     image_size=128, patch_size=16))  # fmt: skip
+    tower.reset_parameters()
+    warmup.whiten(tower, pixels, scale=0.5)
+    with torch.no_grad():
+        seen = tower.embeddings.patch_embedding(normalise(pixels)).flatten(2).transpose(0, 1).flatten(1)
+    covariance = torch.cov(seen)
+    assert seen.mean(1).abs().max() < 1e-3
+    assert (covariance.diagonal() > 0.1).all() and (covariance.diagonal() < 0.26).all()
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("text", ["Käse, 漢字 und 🐶!", "  two  spaces\n\ttab", "SELECT * FROM x;", ""])

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json as jsonlib
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from smolvlm_fms.engine.api import VLM
+    from smolvlm_fms.types import Answer
 
 
 def register(app: typer.Typer) -> None:
@@ -28,11 +34,10 @@ def demo(json: bool = typer.Option(False, "--json", help="One JSON object on sta
         )
     results = []
     for item in questions:
-        answer = vlm.ask([pictures / name for name in item["images"]], item["question"], max_tokens=24)
-        right = answer.text.strip().rstrip(".").lower() in [a.lower() for a in item["answers"]]
+        answer, right = ask(vlm, pictures, item)
         results.append({**item, "text": answer.text, "right": right, "seconds": round(answer.timings.total_s, 3)})
         if not json:
-            names = ", ".join(item["images"])
+            names = f"{item['images'][0]} …" if item.get("video") else ", ".join(item["images"])
             typer.echo(f"  {names:<28} {item['question']}")
             mark = typer.style("✓", fg="green") if right else typer.style(f"✗ ({item['answers'][0]})", fg="red")
             typer.echo(f"  {'':<28} {typer.style(answer.text.strip(), bold=True)}  {mark}\n")
@@ -42,3 +47,20 @@ def demo(json: bool = typer.Option(False, "--json", help="One JSON object on sta
         return
     typer.echo(f"{correct} of {len(results)} right. Ask your own: smolvlm ask PICTURE 'What shape is this?'")
     typer.echo(f"The pictures are in {pictures}")
+
+
+def ask(vlm: VLM, folder: Path, item: dict[str, Any]) -> tuple[Answer, bool]:
+    """The answer to an entry of ``questions.json`` about pictures in ``folder``, and whether it is one of its answers.
+
+    With ``"video": true`` the images are the frames of one video.
+    """
+    paths = [folder / name for name in item["images"]]
+    if item.get("video"):
+        from PIL import Image
+
+        frames = [Image.open(path).convert("RGB") for path in paths]
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": item["question"]}]
+        answer = vlm.chat([{"role": "user", "content": content}], max_tokens=24)
+    else:
+        answer = vlm.ask(paths, item["question"], max_tokens=24)
+    return answer, answer.text.strip().rstrip(".").lower() in [wanted.lower() for wanted in item["answers"]]

@@ -1,0 +1,191 @@
+"""Simple charts, drawn in the manner of plotting programs: bars, pies and lines in many styles."""
+
+from __future__ import annotations
+
+from random import Random
+
+from PIL import Image, ImageDraw
+
+from draw import CANVAS, COLOURS, Picture, add_text, rgb
+from wordings import Turn, ask, options, yes_no
+from world import World
+
+KINDS_OF_CHART = ["bar chart", "pie chart", "line chart"]
+_BRIGHT = [colour for colour in COLOURS if colour not in ("white", "gray", "black")]
+_UNLIKE = [{"red", "orange"}, {"orange", "yellow"}, {"red", "pink"}, {"purple", "pink"}, {"brown", "orange"},
+           {"brown", "red"}, {"blue", "purple"}]  # fmt: skip
+
+
+def unlike_colours(rng: Random, count: int) -> list[str]:
+    """Colours of which no two are easily mistaken for each other."""
+    while True:
+        chosen = rng.sample(_BRIGHT, count)
+        if not any(pair <= set(chosen) for pair in _UNLIKE):
+            return chosen
+
+
+def canvas(rng: Random) -> Picture:
+    """White, or nearly; plots are drawn on light paper."""
+    if rng.random() < 0.6:
+        return Picture(Image.new("RGB", (CANVAS, CANVAS), (255, 255, 255)), background="white")
+    shade = rng.randint(232, 250)
+    tint = tuple(min(255, shade + rng.randint(-4, 4)) for _ in "rgb")
+    return Picture(Image.new("RGB", (CANVAS, CANVAS), tint))
+
+
+def axes(picture: Picture, rng: Random, box: tuple[float, float, float, float]) -> None:
+    """Spines, sometimes a whole frame, a grid, ticks."""
+    draw = ImageDraw.Draw(picture.image)
+    left, top, right, bottom = box
+    ink = (rng.randint(0, 120),) * 3
+    if rng.random() < 0.4:
+        pale = (rng.randint(200, 226),) * 3
+        for i in range(1, 5):
+            y = bottom + (top - bottom) * i / 5
+            draw.line([(left, y), (right, y)], fill=pale, width=2)
+    width = rng.choice([2, 2, 3, 4])
+    if rng.random() < 0.45:
+        draw.rectangle([left, top, right, bottom], outline=ink, width=width)
+    else:
+        draw.line([(left, bottom), (right, bottom)], fill=ink, width=width)
+        if rng.random() < 0.7:
+            draw.line([(left, top), (left, bottom)], fill=ink, width=width)
+    if rng.random() < 0.5:
+        for i in range(6):
+            y = bottom + (top - bottom) * i / 5
+            draw.line([(left - 6, y), (left, y)], fill=ink, width=2)
+
+
+def chart(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """A bar chart, a pie chart or a line chart."""
+    return rng.choices([bars, pie, line], [0.6, 0.25, 0.15])[0](world, rng)
+
+
+def kind_turn(rng: Random, kind: str) -> Turn:
+    pool = KINDS_OF_CHART
+    return ask(rng, "chart kind" if rng.random() < 0.6 else "chart choice", kind, options=options(rng, kind, pool))
+
+
+def bars(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """Two to five bars, of distinct colours or of one; with letters under them, or values over them, or neither."""
+    count = rng.randint(2, 5)
+    picture = canvas(rng)
+    lettered = rng.random() < 0.5 and bool(world.fonts)
+    valued = rng.random() < 0.35 and bool(world.fonts) and count < 5
+    several = not lettered or rng.random() < 0.4
+    colours = unlike_colours(rng, count) if several else [rng.choice(_BRIGHT)] * count
+    letters = list("ABCDE")[:count] if rng.random() < 0.6 else sorted(rng.sample("ABCDEFGHKLMNPRSTXYZ", count))
+    values = rng.sample(range(1, 10), count)
+    left, right, top = rng.uniform(12, 40), CANVAS - rng.uniform(8, 24), rng.uniform(46, 56) if valued else 18
+    bottom = CANVAS - (rng.uniform(44, 52) if lettered else rng.uniform(14, 36))
+    axes(picture, rng, (left, top if not valued else 8, right, bottom))
+    step = (right - left) / count
+    share = rng.uniform(0.5, 0.85)
+    path = rng.choice(world.fonts) if world.fonts else ""
+    for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
+        x0 = left + step * (i + 0.5 - share / 2)
+        y0 = bottom - (bottom - top) * value / max(values)
+        size = max(4, round(step * share)), max(4, round(bottom - y0))
+        picture.stamp(Image.new("L", size, 255), (round(x0), round(y0)), rgb(colour, rng), "bar", colour)
+        columns = left + step * i - 6, left + step * (i + 1) + 6
+        if lettered:
+            add_text(picture, letters[i], path, "black", rng, 30, (bottom, CANVAS), columns)
+        if valued:
+            add_text(picture, str(value), path, "black", rng, 28, (max(0, y0 - 46), y0 + 2), columns)
+    return picture, bar_turns(rng, values, colours if several else None, letters if lettered else None, valued)
+
+
+def bar_turns(
+    rng: Random, values: list[int], colours: list[str] | None, letters: list[str] | None, valued: bool
+) -> list[Turn]:
+    """Questions about bars, by letter or by colour where they have one."""
+    best, least = values.index(max(values)), values.index(min(values))
+    turns = [ask(rng, "count of bars", str(len(values))), kind_turn(rng, "bar chart")]
+    if letters:
+        turns += [ask(rng, "tallest letter", letters[best]), ask(rng, "shortest letter", letters[least])]
+    if colours:
+        turns += [ask(rng, "tallest colour", colours[best]), ask(rng, "shortest colour", colours[least])]
+        i, j = rng.sample(range(len(values)), 2)
+        turns.append(ask(rng, "taller", yes_no(values[i] > values[j]), shape=colours[i], other=colours[j]))
+    if valued:
+        for i in rng.sample(range(len(values)), min(2, len(values))):
+            if letters and (not colours or rng.random() < 0.5):
+                turns.append(ask(rng, "value of letter", str(values[i]), letter=letters[i]))
+            elif colours:
+                turns.append(ask(rng, "value of colour", str(values[i]), colour=colours[i]))
+    rng.shuffle(turns)
+    return turns[:6]
+
+
+def pie(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """Two to five slices of distinct colours; the largest and the smallest are clear."""
+    count = rng.randint(2, 5)
+    while True:
+        weights = [rng.uniform(1, 4) for _ in range(count)]
+        ordered = sorted(weights)
+        if ordered[-1] > 1.35 * ordered[-2] and (count == 2 or ordered[1] > 1.35 * ordered[0]):
+            break
+    picture, colours = canvas(rng), unlike_colours(rng, count)
+    radius = rng.uniform(80, 118)
+    x, y = (rng.uniform(radius + 6, CANVAS - radius - 6) for _ in "xy")
+    start, total = rng.uniform(0, 360), sum(weights)
+    ring = rng.random() < 0.2
+    edge = rng.random() < 0.4
+    for colour, weight in zip(colours, weights, strict=True):
+        mask = Image.new("L", (CANVAS, CANVAS), 0)
+        draw = ImageDraw.Draw(mask)
+        stop = start + 360 * weight / total
+        draw.pieslice([x - radius, y - radius, x + radius, y + radius], start, stop, fill=255)
+        if ring:
+            hole = radius * 0.4
+            draw.ellipse([x - hole, y - hole, x + hole, y + hole], fill=0)
+        picture.stamp(mask, (0, 0), rgb(colour, rng), "slice", colour)
+        if edge and not ring:
+            ImageDraw.Draw(picture.image).pieslice(
+                [x - radius, y - radius, x + radius, y + radius], start, stop, outline=(255, 255, 255), width=3
+            )
+        start = stop
+    big, small = weights.index(max(weights)), weights.index(min(weights))
+    i, j = rng.sample(range(count), 2)
+    turns = [
+        ask(rng, "count of slices", str(count)),
+        kind_turn(rng, "pie chart"),
+        ask(rng, "biggest slice", colours[big]),
+        ask(rng, "smallest slice", colours[small]),
+    ]
+    if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
+        turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
+    rng.shuffle(turns)
+    return picture, turns
+
+
+def line(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
+    """A line that rises or falls."""
+    picture, colour = canvas(rng), rng.choice(_BRIGHT)
+    box = rng.uniform(12, 36), rng.uniform(12, 30), CANVAS - rng.uniform(8, 24), CANVAS - rng.uniform(14, 36)
+    axes(picture, rng, box)
+    count, up = rng.randint(3, 8), rng.random() < 0.5
+    levels = [(i + rng.uniform(-0.45, 0.45)) / (count - 1) for i in range(count)]
+    low, high = rng.uniform(0.05, 0.3), rng.uniform(0.7, 0.95)
+    levels = [low + (high - low) * v for v in (levels if up else levels[::-1])]
+    left, top, right, bottom = box
+    points = [
+        (left + (right - left) * (i + 0.3) / (count - 0.4), bottom - (bottom - top) * min(0.98, max(0.02, v)))
+        for i, v in enumerate(levels)
+    ]
+    mask, cover = Image.new("L", (CANVAS, CANVAS), 0), Image.new("L", (CANVAS, CANVAS), 0)
+    pen = rng.choice([4, 5, 6, 8])
+    ImageDraw.Draw(mask).line(points, fill=255, width=pen, joint="curve")
+    if rng.random() < 0.4:
+        for px, py in points:
+            ImageDraw.Draw(mask).ellipse([px - pen * 1.3, py - pen * 1.3, px + pen * 1.3, py + pen * 1.3], fill=255)
+    picture.stamp(mask, (0, 0), rgb(colour, rng), "line", colour)
+    ImageDraw.Draw(cover).line(points, fill=255, width=20)
+    picture.cover.paste(len(picture.kinds), (0, 0), cover)
+    turns = [
+        ask(rng, "line direction", "up" if up else "down"),
+        kind_turn(rng, "line chart"),
+        ask(rng, "line colour", colour),
+    ]
+    rng.shuffle(turns)
+    return picture, turns
