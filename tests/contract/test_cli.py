@@ -92,6 +92,9 @@ def test_inspect_prints_the_promised_object_and_the_grid(photo: Path, tmp_path: 
         (["ask", "Hello?", "--temperature", "-1"], "temperature"),
         (["inspect", "no-such-file.jpg"], "no-such-file.jpg"),
         (["verify", "no-such-model"], "no-such-model"),
+        (["eval", "no-such-model"], "no-such-model"),
+        (["eval", "--skills", "nonsense"], "nonsense"),
+        (["eval", "--data", "no-such-folder"], "no-such-folder"),
     ],
 )
 def test_our_errors_are_one_line_and_exit_1(arguments: list[str], said: str) -> None:
