@@ -79,7 +79,7 @@ PEERS: dict[str, Peer] = {
     "llamacpp": Peer("peers/llamacpp.py", _llamacpp("llamacpp")),
     "llamacpp_bf16": Peer("peers/llamacpp.py", _llamacpp("llamacpp_bf16"), ("prefill", "decode")),
     "llamacpp_q8": Peer("peers/llamacpp.py", _llamacpp("llamacpp_q8")),
-    "llamacpp_q4": Peer("peers/llamacpp.py", _llamacpp("llamacpp_q4"), ("prefill", "decode", "ttft")),
+    "llamacpp_q4": Peer("peers/llamacpp.py", _llamacpp("llamacpp_q4"), ("prefill", "decode")),
     "openvino": Peer("peers/towers.py", _tower("openvino", "tower.xml"), ("tower",)),
     "ort": Peer("peers/towers.py", _tower("onnxruntime", "tower-int8.onnx"), ("tower",)),
 }

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import engine_checkpoint
-from engine_peers import LLAMACPP, LLAMACPP_FILES
+from engine_peers import LLAMACPP, LLAMACPP_FILES, PEERS
 
 PROMPT = 1128
 STEPS = 64
@@ -106,7 +106,8 @@ def main() -> None:
     found = json.loads(SETTINGS.read_text()) if SETTINGS.exists() else {"best": {}, "tried": {}}
     for kind in asked.kind or LLAMACPP_FILES:
         trials = text_trials(LLAMACPP / LLAMACPP_FILES[kind][0], asked.threads, asked.repeats)
-        trials += tower_trials(kind, asked.threads)
+        if "tower" in PEERS[kind].does:
+            trials += tower_trials(kind, asked.threads)
         found["tried"][kind], found["best"][kind] = trials, best_of(trials)
         SETTINGS.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found))
