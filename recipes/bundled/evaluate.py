@@ -1,7 +1,9 @@
-"""Measure a checkpoint on the held-out tests, beside a blank picture; prints a table and writes JSON.
+"""Run the packaged held-out tests on the bundled model, and write down what came out.
 
-python recipes/bundled/evaluate.py --model src/smolvlm_fms/assets/demo --out recipes/bundled/RESULTS.json
-python recipes/bundled/evaluate.py --run runs/bundled        # the newest checkpoint of a run
+python recipes/bundled/evaluate.py                  # RESULTS.json, the table in README.md, MODEL_CARD.md
+python recipes/bundled/evaluate.py --card           # only the two documents, from RESULTS.json as it is
+
+Any other checkpoint: `smolvlm eval FOLDER`.
 """
 
 from __future__ import annotations
@@ -10,47 +12,38 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
+import model_card
 
-from export import latest
-from held_out import score
-from sources import DEFAULT_WORK
-from train import build
-
-README = Path(__file__).parent / "README.md"
+FOLDER = Path(__file__).parent
+DEMO = Path("src/smolvlm_fms/assets/demo")
 
 
-def write_table(table: dict[str, dict[str, float]]) -> None:
-    """Put the results between the marks in the recipe's README."""
-    lines = ["| test | right | with a blank picture | questions |", "|---|---|---|---|"]
-    lines += [f"| {test} | {r['score']:.1%} | {r['blank']:.1%} | {r['n']} |" for test, r in table.items()]
-    text = README.read_text(encoding="utf-8")
-    start, end = text.index("<!-- results -->") + len("<!-- results -->"), text.index("<!-- /results -->")
-    README.write_text(text[:start] + "\n" + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
+def measure(model: Path, save: Path | None) -> None:
+    """What `smolvlm eval MODEL --json` prints, into RESULTS.json; the bundled model is named as users name it."""
+    import smolvlm_fms as sv
+    from rich.progress import track
+    from smolvlm_fms.evaluation.journal import Journal, fingerprint
+    from smolvlm_fms.evaluation.report import as_object
+    from smolvlm_fms.evaluation.run import evaluate
+    from smolvlm_fms.evaluation.suite import find_suites
+
+    suites = find_suites()
+    vlm = sv.load(model)
+    with Journal(save, {"model": str(model), "checkpoint": fingerprint(model)}) as journal:
+        outcomes = list(track(evaluate(vlm, suites, journal=journal), "testing", total=len(suites)))
+    results = as_object("demo" if model == DEMO else str(model), outcomes)
+    (FOLDER / "RESULTS.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--run", type=Path)
-    parser.add_argument("--number", type=int, default=400)
-    parser.add_argument("--seen", action="store_true", help="the generator's training side instead")
-    parser.add_argument("--out", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO)
+    parser.add_argument("--card", action="store_true", help="measure nothing")
+    parser.add_argument("--save", type=Path, help="every answer in this JSONL; the same command again goes on")
     args = parser.parse_args()
-    if args.run:
-        model, name = build(args.work, None), str(args.run)
-        name += f" step {latest(args.run, model)}"
-    else:
-        from smolvlm_fms.fms_bridge.loading import load_model
-
-        model, name = load_model(args.model, dtype=torch.float32), str(args.model)
-    table = score(model, args.work, args.number, held_out=not args.seen)
-    for test, row in table.items():
-        print(f"{test:18} {row['score']:6.1%}   blank {row['blank']:6.1%}   n {row['n']}")
-    if args.out:
-        args.out.write_text(json.dumps({"model": name, "skills": table}, indent=2) + "\n", encoding="utf-8")
-        write_table(table)
+    if not args.card:
+        measure(args.model, args.save)
+    model_card.write(FOLDER)
 
 
 if __name__ == "__main__":
