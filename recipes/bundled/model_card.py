@@ -45,9 +45,9 @@ interval is for questions like these; several questions may show the same piece 
 
 {results}
 
-*Nearest neighbour* gives the name of the training picture that is most alike in the features of EfficientNet-Lite0, which
-was trained on 1.28 million photographs (this model on none). *tesseract* sees the pictures at 256×256, this model at
-128×128. The goal for emoji was set where the nearest neighbour reached 55 %; among these 75 kinds it reaches more.
+*Nearest neighbour* gives the name of the training picture that is most alike in the features of EfficientNet-Lite0,
+which was trained on 1.28 million photographs (this model on none). *tesseract* sees the pictures at 256×256, this model
+at 128×128. The goal for emoji was set where the nearest neighbour reached 55 %; among these 75 kinds it reaches more.
 
 What is asked, and how it differs from what was trained on:
 
