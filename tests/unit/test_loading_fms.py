@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import smolvlm_fms
 from smolvlm_fms.config import SmolVLMConfig
 from smolvlm_fms.config_presets import PRESETS
-from smolvlm_fms.errors import CheckpointError, ConfigurationError
+from smolvlm_fms.errors import CheckpointError, ConfigurationError, UnsafeCheckpointError
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.saving import save_pretrained
 from tests.tiny_models import build_checkpoint, make_batch
@@ -131,12 +131,59 @@ def test_missing_and_unexpected_tensors_raise(folder: Path, tmp_path: Path) -> N
     state = load_file(folder / "model.safetensors")
     lost = state.pop("model.text_model.layers.1.mlp.down_proj.weight")
     save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 missing: text_model\.base_model\.layers\.1\.ff_sub_layer\.w2"):
+    with pytest.raises(CheckpointError, match=r"1 missing: model\.text_model\.layers\.1\.mlp\.down_proj"):
         get_model("smolvlm", VARIANT, model_path=str(tmp_path), source="hf", **shape_of(folder))
     state |= {"model.text_model.layers.1.mlp.down_proj.weight": lost, "model.perceiver.latents": lost.clone()}
     save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"1 unexpected: model\.perceiver\.latents"):
         get_model("smolvlm", VARIANT, model_path=str(tmp_path), source="hf", **shape_of(folder))
+
+
+@pytest.mark.parametrize("shape", [(1,), (37,)], ids=["one that copy_ would spread", "another width"])
+def test_misshapen_tensors_raise(folder: Path, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    state = load_file(folder / "model.safetensors")
+    state["model.text_model.norm.weight"] = torch.ones(shape)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.text_model\.norm\.weight is .*, not \(36,\)"):
+        get_model("smolvlm", VARIANT, model_path=str(tmp_path), source="hf", **shape_of(folder))
+
+
+class Bomb:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["the folder", "the file"])
+def test_pickles_are_refused_unopened(folder: Path, tmp_path: Path, named: bool) -> None:
+    weights = tmp_path / "model" / "pytorch_model.bin"
+    weights.parent.mkdir()
+    torch.save({"lm_head.weight": Bomb(tmp_path / "ran")}, weights)
+    (weights.parent / "config.json").write_bytes((folder / "config.json").read_bytes())
+    where = weights if named else weights.parent
+    with pytest.raises(UnsafeCheckpointError, match="pickles"):
+        get_model("smolvlm", VARIANT, model_path=str(where), source="hf", **shape_of(folder))
+    with pytest.raises(UnsafeCheckpointError, match="pickles"):
+        get_model("hf_pretrained", model_path=str(weights.parent))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickles_without_a_configuration_are_refused(folder: Path, tmp_path: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "weights.bin")
+    with pytest.raises(UnsafeCheckpointError, match="pickles"):
+        get_model("smolvlm", VARIANT, model_path=str(tmp_path), source="hf", **shape_of(folder))
+
+
+def test_other_architectures_keep_fmss_reader(tmp_path: Path) -> None:
+    """A Llama of FMS's own from a pickle of tensors, as ever."""
+    model = get_model("llama", "micro", device_type="cpu")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    again = get_model("llama", "micro", model_path=str(tmp_path), device_type="cpu")
+    assert all(torch.equal(mine, other) for mine, other in zip(again.parameters(), model.parameters(), strict=True))
 
 
 def test_unknown_fields_raise(folder: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,13 @@ from smolvlm_fms.fms_bridge.adapters import (
     split,
     to_hf,
 )
+from smolvlm_fms.fms_bridge.reading import PICKLES
 from smolvlm_fms.fms_bridge.register import Architecture, architecture_of
 
-__all__ = ["Checkpoint", "Entry", "load_model", "open_checkpoint", "resolve_folder"]
+__all__ = ["Checkpoint", "Entry", "audited", "format_of", "load_model", "open_checkpoint", "resolve_folder"]
 
 log = logging.getLogger(__name__)
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What is fetched of a hub repository: no pickles, no other frameworks' weights."""
 
@@ -118,7 +118,7 @@ def load_model(
     model = _build(architecture, config, vision_only, dtype or _stored_dtype(checkpoint, config))
     if dtype is None and config.linear_config is None:
         dtype = _stored_dtype(checkpoint, config)  # quantised checkpoints keep the dtypes that each tensor has
-    checkpoint = _audited(model, family, config, checkpoint, vision_only)
+    checkpoint = audited(model, family, config, checkpoint, vision_only)
     state: dict[str, Tensor] = {}
     groups = _groups(checkpoint)
     with torch.no_grad():
@@ -169,10 +169,7 @@ def open_checkpoint(folder: Path, family: Family) -> Checkpoint:
     raws = [raw for file in _weight_files(folder) for raw in _headers(file)]
     if not raws:
         raise CheckpointError(f"The safetensors files in {folder} hold no tensors.")
-    # LLaVA-Next's towers share some names with ours in transformers' newest layout, so names that are only ours decide.
-    source = (
-        "fms" if any(raw.name.startswith(("vision_tower.layers.", "text_model.base_model.")) for raw in raws) else "hf"
-    )
+    source = format_of(raw.name for raw in raws)
     entries: dict[str, Entry] = {}
     for raw in raws:
         name = raw.name if source == "fms" else canonical_name(family, raw.name)
@@ -185,6 +182,14 @@ def open_checkpoint(folder: Path, family: Family) -> Checkpoint:
             )
         entries[name] = raw
     return Checkpoint(folder, source, entries)
+
+
+def format_of(names: Iterable[str]) -> str:
+    """``"fms"`` for tensors under this package's names, else ``"hf"``.
+
+    LLaVA-Next's towers share some names with ours in transformers' newest layout, so names that are only ours decide.
+    """
+    return "fms" if any(name.startswith(("vision_tower.layers.", "text_model.base_model.")) for name in names) else "hf"
 
 
 def decide_tied(config: Any, values: Mapping[str, Any], checkpoint: Checkpoint, family: Family) -> bool:
@@ -288,7 +293,7 @@ def _initialise_linears(model: Any) -> None:
             model.get_submodule(name).module_name = name
 
 
-def _audited(model: Any, family: Family, config: Any, checkpoint: Checkpoint, vision_only: bool) -> Checkpoint:
+def audited(model: Any, family: Family, config: Any, checkpoint: Checkpoint, vision_only: bool) -> Checkpoint:
     """The checkpoint, restricted to what the model uses; CheckpointError unless names and shapes fit both ways."""
     held = dict(checkpoint.entries)
     if config.tie_word_embeddings:

@@ -15,6 +15,7 @@ from smolvlm_fms.config_presets import PRESETS
 from smolvlm_fms.errors import CheckpointError, ConfigurationError
 from smolvlm_fms.fms_bridge.adapters import FAMILIES, SOURCES, STEPS
 from smolvlm_fms.fms_bridge.llava_next import LLAVA_NEXT
+from smolvlm_fms.fms_bridge.reading import guard_reader
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of", "register_configurations", "register_models"]
 
@@ -89,6 +90,7 @@ def register_models() -> None:
             serialization.register_adapter(architecture.name, source, list(steps))
     if not isinstance(serialization._get_adapter, _StrictAdapters):
         serialization._get_adapter = _StrictAdapters(serialization._get_adapter)
+    guard_reader()
 
 
 def _factory(architecture: Architecture, config: BaseConfig) -> Callable[..., Any]:
