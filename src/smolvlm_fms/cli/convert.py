@@ -25,6 +25,9 @@ def convert(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="A LoRA adapter (or its training run) to merge.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's.")] = None,
+    check_tower: Annotated[
+        bool, typer.Option("--check-tower", help="With hf: what would an int8 vision tower cost?")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier conversion.")] = False,
     json: Json = False,
 ) -> None:
@@ -33,7 +36,9 @@ def convert(
     from smolvlm_fms.export import convert as run
 
     console = Console(stderr=True)
-    options: dict[str, Any] = {"quantize": quantize, "adapter": adapter, "dtype": dtype, "force": force}
+    options: dict[str, Any] = {
+        "quantize": quantize, "adapter": adapter, "dtype": dtype, "force": force, "check_tower": check_tower,
+    }  # fmt: skip
     if console.is_terminal:
         with console.status("starting") as status:
             result = run(model, out, to, **options, say=status.update)

@@ -47,12 +47,14 @@ def convert(
     adapter: str | Path | None = None,
     dtype: str | None = None,
     force: bool = False,
+    check_tower: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> Conversion:
     """Convert ``model`` (a folder, a hub id, ``"demo"``, a training run, an adapter) into the folder ``out``.
 
     to: one of TARGETS. quantize: ``"int8"`` or ``"int4"``, with ``hf`` and ``gguf``. adapter: a LoRA adapter to merge.
     dtype: of the weights written (None: the checkpoint's own). force: replace an earlier conversion at ``out``.
+    check_tower: with ``hf``, also measure what an int8 vision tower would cost (for information; loads it three times).
     say: gets a line as each part of the work begins.
 
     The result is checked before it is moved to ``out``. Where a check fails, nothing is left there and the returned
@@ -60,6 +62,8 @@ def convert(
     """
     started = time.perf_counter()
     target = make_target(to, quantize)
+    if check_tower and to != "hf":
+        raise ConfigurationError(f"The int8 tower is this package's own; check it with 'hf', not {to!r}.")
     chosen = _dtype(dtype) or target.dtype
     source = find_source(model, adapter)
     out = Path(out).expanduser()
@@ -77,6 +81,9 @@ def convert(
         checks = target.check(loaded, source.folder, output.path)
         if chosen is not None:
             checks += _rounding(source, loaded, kept)
+        if check_tower:
+            say("measuring the int8 tower")
+            checks += _int8_tower(output.path)
         output.keep = all(check.ok for check in checks)
     return Conversion(
         ok=output.keep,
@@ -100,6 +107,19 @@ def _rounding(source: Source, written: Any, dtype: torch.dtype) -> list[Check]:
     cases = make_cases(source.folder, exact.config)
     name = str(dtype).removeprefix("torch.")
     return compare(exact, own_forward(written), cases, what=f"rounding to {name}, ", bound=None)
+
+
+def _int8_tower(folder: Path) -> list[Check]:
+    """Feature error and answers of ``quantize_tower="int8"``, which is chosen at load: for information."""
+    from smolvlm_fms.engine.quantize_tower import check_int8_tower
+
+    found = check_int8_tower(folder)
+    shown = f"{found.pictures} pictures, for information"
+    error = f"RMS error {found.int8_error:.2%} of the features (at most {found.worst_int8_error:.2%}; bfloat16 "
+    return [
+        Check("int8 tower: features", None, 1 - found.int8_error, True, f"{error}{found.bf16_error:.2%}), {shown}"),
+        Check("int8 tower: answers", None, found.answers_agree, True, f"{found.tokens_agree:.2%} of tokens, {shown}"),
+    ]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
