@@ -401,9 +401,14 @@ class FmsForConditionalGeneration(FmsPreTrainedModel, GenerationMixin):
         theirs |= {n: v for n, v in model_kwargs.get("prompt_pictures", {}).items() if v is not None}
         return super()._get_candidate_generator(*arguments, model_kwargs=theirs, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """As transformers'; where the prompt is concerned, its embeddings with pictures in them."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers' (which looks for ``inputs_embeds`` among the arguments); where the prompt is concerned, its
+        embeddings with pictures in them.
+        """
         own = {name: kwargs.pop(name, None) for name in ("prompt_ids", "prompt_embeddings", "prompt_pictures")}
+        kwargs["inputs_embeds"] = inputs_embeds
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         inputs.pop("cache_position", None)
         if own["prompt_ids"] is not None:
