@@ -149,6 +149,8 @@ def test_processes_that_cannot_be_laid_out_are_refused(tmp_path: Path, runs: Run
         check_parallel(6, ParallelConfig(replicas=2, tensor=2))
     with pytest.raises(ConfigurationError, match="torchrun starts several"):
         prepare(TrainConfig(**settings(tmp_path, runs.base, runs.skill, parallel={"tensor": 2})))
+    with pytest.raises(ConfigurationError, match="compile and parallel"):
+        prepare(TrainConfig(**settings(tmp_path, runs.base, runs.skill, parallel={"tensor": 2}, compile=True)))
     with pytest.raises(ConfigurationError, match="lora and parallel"):
         prepare(TrainConfig(**settings(tmp_path, runs.base, runs.skill, parallel={"tensor": 2}, lora={})))
 
