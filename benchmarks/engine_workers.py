@@ -187,11 +187,12 @@ def timed(work: Any) -> float:
 
 
 def cold_start(folder: Path) -> None:
-    """A whole process: load, look at a small picture, say the first token."""
+    """A whole process: load, look at a small picture, say when the first token is there."""
     import smolvlm_fms as sv
 
     vlm = sv.load(folder, dtype="bfloat16")
     for _ in vlm.engine.submit(*_small_prompt(vlm)):
+        print("first token", flush=True)
         break
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,17 @@ def load(
     wanted, where = _dtype(dtype, quantize or quantize_tower), _device(device)
     if packed and where.type == "cpu" and (wanted or _named_dtype(folder)) == torch.bfloat16:
         loading.setdefault("fused_weights", False)  # packing joins them: done before, it would be one more copy of all
-    stored = load_stored(folder, quantize, wanted, where, packed)
-    if stored is not None:
-        model, quantize = stored
-    else:
-        model = load_model(folder, dtype=wanted, device=where, **loading)
-    from smolvlm_fms.processing.factory import load_processor
-
-    processor = load_processor(folder)
-    defaults = read_generation_defaults(folder, processor.tokenizer)
-    config = engine or EngineConfig.for_device(_device(device).type)
-    runner = _backend(model, config, defaults.banned, packed, quantize, quantize_tower)
+    config = engine or EngineConfig.for_device(where.type)
+    with ThreadPoolExecutor(1) as pool:
+        # Beside the weights: packing them leaves Python's lock to the tokenizer's file and to imports.
+        reading = pool.submit(_processor, folder)
+        stored = load_stored(folder, quantize, wanted, where, packed)
+        if stored is not None:
+            model, quantize = stored
+        else:
+            model = load_model(folder, dtype=wanted, device=where, **loading)
+        runner = _backend(model, config, lambda: reading.result()[1].banned, packed, quantize, quantize_tower)
+        processor, defaults = reading.result()
     return VLM(model, processor, runner, defaults, config, name=str(name), load_s=time.perf_counter() - started)
 
 
@@ -261,6 +262,18 @@ def _dtype(dtype: torch.dtype | str | None, quantize: str | None) -> torch.dtype
     return found
 
 
+def _processor(folder: Path) -> tuple[Any, GenerationDefaults]:
+    """The processor, and what the first picture and the first prompt would import otherwise."""
+    import jinja2.sandbox  # noqa: F401
+    from PIL import Image
+
+    from smolvlm_fms.processing.factory import load_processor
+
+    Image.init()
+    processor = load_processor(folder)
+    return processor, read_generation_defaults(folder, processor.tokenizer)
+
+
 def _named_dtype(folder: Path) -> torch.dtype | None:
     """What config.json says that its tensors are; a hint."""
     values = read_json_config(folder)
@@ -271,18 +284,19 @@ def _named_dtype(folder: Path) -> torch.dtype | None:
 def _backend(
     model: Any,
     config: EngineConfig,
-    banned: SequenceOf[int],
+    banned: Callable[[], SequenceOf[int]],
     packed: bool,
     quantize: str | None,
     quantize_tower: str | None,
 ) -> Backend:
-    """The fastest backend that computes this model as it was asked for."""
+    """The fastest backend that computes this model as it was asked for. ``banned`` is asked when the weights are in
+    their place."""
     from smolvlm_fms.engine import cpu_runner, kernels
 
     if packed and cpu_runner.suits(model):
         cpu_runner.pack_model(model, quantize, quantize_tower)
         sort = cpu_runner.CpuRunner if kernels.available() else cpu_runner.FallbackRunner
-        return sort(model, _kv_tokens(model, config), banned)
+        return sort(model, _kv_tokens(model, config), banned())
     weight = model.text_model.base_model.dec_norm.weight
     if weight.is_cuda and quantize_tower is None:
         from smolvlm_fms.engine.graph_runner import GraphRunner
@@ -290,13 +304,13 @@ def _backend(
 
         if quantize is not None:
             quantize_text(model, quantize)
-        return GraphRunner(model, _kv_tokens(model, config), banned, compile_step=config.compile_decode)
+        return GraphRunner(model, _kv_tokens(model, config), banned(), compile_step=config.compile_decode)
     if quantize is not None or quantize_tower is not None:
         raise ConfigurationError(
             f"Quantised weights need a model in bfloat16 on the CPU and packed=True, or a GPU (text model only); "
             f"this model is in {weight.dtype} on {weight.device}."
         )
-    return ModelRunner(model, _kv_tokens(model, config), banned)
+    return ModelRunner(model, _kv_tokens(model, config), banned())
 
 
 def _device(device: str | torch.device) -> torch.device:

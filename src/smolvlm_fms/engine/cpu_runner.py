@@ -134,7 +134,7 @@ class CpuRunner(_Tower):
         assert sequence.extent is not None
         last = start + count == len(sequence.prompt)
         hidden_TD = embed_prompt(self.model, sequence, start, count)[0]
-        _, logits_V = self.text.prefill(hidden_TD, start, sequence.extent.start, self.cache, logits=last)
+        _, logits_V = self.text.prefill(hidden_TD, start, sequence.extent.start, self.cache, logits=last, normed=False)
         return sample(logits_V[None], [sequence], self.banned)[0] if last else None
 
     @torch.inference_mode()

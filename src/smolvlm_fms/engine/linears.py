@@ -111,6 +111,8 @@ class OneDnnLinear(nn.Module):
         else:
             after: Any = ("gelu", [], "tanh") if self.activation == "gelu_tanh" else ("none", [], "")
             y = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, *after)
+        if self.activation == "quick_gelu":
+            y = y * torch.sigmoid(1.702 * y)
         if self.activation == "swiglu":
             gate, up = y.chunk(2, -1)
             y = F.silu(gate).mul_(up)

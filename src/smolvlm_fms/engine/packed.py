@@ -21,6 +21,7 @@ __all__ = [
     "PackedGLU",
     "PackedMLP",
     "PackedQKV",
+    "kernel_blocks",
     "kernel_text",
     "pack_llava_tower",
     "pack_text",
@@ -49,12 +50,12 @@ class PackedQKV(nn.Module):
 
 
 class PackedMLP(nn.Module):
-    """Two linears; the tower's tanh GELU is part of the first."""
+    """Two linears; the tower's activation is part of the first, where linears know it (``fused``)."""
 
-    def __init__(self, block: FeedForwardBlock, fuse: bool, kind: str) -> None:
+    def __init__(self, block: FeedForwardBlock, fused: str | None, kind: str) -> None:
         super().__init__()
-        self.activation = None if fuse else block.a
-        self.up = make_linear(block.w1.weight, block.w1.bias, kind=kind, activation="gelu_tanh" if fuse else "none")
+        self.activation = None if fused else block.a
+        self.up = make_linear(block.w1.weight, block.w1.bias, kind=kind, activation=fused or "none")
         self.down = make_linear(block.w2.weight, block.w2.bias, kind=kind)
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -95,11 +96,11 @@ class PackedEmbedding(nn.Module):
 
 def pack_blocks(tower: SiglipTower, kind: str = "bf16", depth: int | None = None) -> None:
     """Pack a tower's first ``depth`` blocks (None: all)."""
-    fuse = tower.config.hidden_act == "gelu_pytorch_tanh"
+    fused = {"gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}.get(tower.config.hidden_act)
     blocks: list[Any] = list(tower.layers[:depth])
     for block in blocks:
         _pack_attention(block.attn, kind)
-        block.mlp = PackedMLP(block.mlp, fuse, kind)
+        block.mlp = PackedMLP(block.mlp, fused, kind)
 
 
 def pack_tower(tower: SiglipTower, connector: Any, kind: str = "bf16") -> None:
@@ -130,6 +131,28 @@ def pack_text(text: TextModel, kind: str = "bf16", head_kind: str = "bf16") -> N
 def _pack_attention(attention: MultiHeadAttention, kind: str) -> None:
     attention.in_proj = PackedQKV(attention.in_proj).packed(kind)
     attention.dense = make_linear(attention.dense.weight, attention.dense.bias, kind=kind)
+
+
+def kernel_blocks(tower: SiglipTower, depth: int) -> kernels.PackedBlocks | None:
+    """The kernels' view of a tower's first ``depth`` packed blocks; None where they do not know its activation."""
+    blocks: list[Any] = list(tower.layers[:depth])
+    if not blocks or any(block.mlp.activation is not None for block in blocks):
+        return None
+    layers = [
+        kernels.TowerLayer(
+            qkv=block.attn.in_proj.linear,
+            out=block.attn.dense,
+            up=block.mlp.up,
+            down=block.mlp.down,
+            attention_norm=(block.ln1.weight, block.ln1.bias),
+            mlp_norm=(block.ln2.weight, block.ln2.bias),
+        )
+        for block in blocks
+    ]
+    config = tower.config
+    return kernels.PackedBlocks(
+        layers, heads=config.num_attention_heads, head_dim=config.head_dim, eps=config.layer_norm_eps
+    )
 
 
 def kernel_text(text: TextModel) -> kernels.PackedText:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smolvlm_fms.engine import kernels
 from smolvlm_fms.engine.linears import make_linear
+from smolvlm_fms.engine.packed import kernel_blocks
 from smolvlm_fms.errors import InputError
 from smolvlm_fms.modules.connector import pixel_unshuffle
 from smolvlm_fms.modules.vision import SiglipTower, position_ids
@@ -56,6 +57,7 @@ class _Blocks:
         # fp32 copies of the few norm weights, so that they are not widened on every call
         blocks: list[Any] = list(tower.layers[:depth])
         self._blocks = [(block, _Norm(block.ln1), _Norm(block.ln2)) for block in blocks]
+        self._native = kernel_blocks(tower, depth) if kernels.available() else None
 
     def patches(self, pixels_CHW: Tensor) -> Tensor:
         """Patches side by side as rows: (P, C * patch * patch) bf16."""
@@ -66,6 +68,8 @@ class _Blocks:
 
     def run(self, hidden_PD: Tensor, key_mask_P: Tensor | None, taps: Collection[int]) -> list[Tensor]:
         """Hidden states (P, D) after so many blocks as each of ``taps`` says, in ascending order."""
+        if self._native is not None:
+            return self._run_native(hidden_PD, key_mask_P, sorted(set(taps)))
         heads, width = self.tower.config.num_attention_heads, self.tower.config.head_dim
         states = [hidden_PD] if 0 in taps else []
         for done, (block, first_norm, second_norm) in enumerate(self._blocks, 1):
@@ -76,6 +80,16 @@ class _Blocks:
             hidden_PD = block.mlp.down(grown, residual=hidden_PD)
             if done in taps:
                 states.append(hidden_PD)
+        return states
+
+    def _run_native(self, hidden_PD: Tensor, key_mask_P: Tensor | None, taps: list[int]) -> list[Tensor]:
+        """The same in one call of our kernels from tap to tap."""
+        assert self._native is not None
+        states, done = [], 0
+        for tap in taps:
+            hidden_PD = self._native.run(hidden_PD, key_mask_P, done, tap) if tap > done else hidden_PD
+            states.append(hidden_PD)
+            done = tap
         return states
 
 

@@ -9,12 +9,15 @@ from smolvlm_fms.engine.kernels.linear import PackedLinear
 from smolvlm_fms.engine.kernels.loader import available, built, isa, use_isa
 from smolvlm_fms.engine.kernels.ops import causal_attention, layer_norm, rms_norm, vision_attention
 from smolvlm_fms.engine.kernels.text import PackedLayer, PackedText
+from smolvlm_fms.engine.kernels.vision import PackedBlocks, TowerLayer
 
 __all__ = [
+    "PackedBlocks",
     "PackedCache",
     "PackedLayer",
     "PackedLinear",
     "PackedText",
+    "TowerLayer",
     "available",
     "built",
     "causal_attention",

@@ -19,7 +19,12 @@ KINDS = {
     "int8": loader.INT8_GROUPS,
     "int4": loader.INT4_GROUPS,
 }
-ACTIVATIONS = {"none": loader.NO_ACTIVATION, "gelu_tanh": loader.GELU_TANH, "swiglu": loader.SWIGLU}
+ACTIVATIONS = {
+    "none": loader.NO_ACTIVATION,
+    "gelu_tanh": loader.GELU_TANH,
+    "swiglu": loader.SWIGLU,
+    "quick_gelu": loader.QUICK_GELU,
+}
 _INPUT_MULTIPLE = {loader.BF16: 2, loader.INT8_CHANNEL: 4, loader.INT8_GROUPS: 32, loader.INT4_GROUPS: 32}
 
 _SCHEMA = (
@@ -101,8 +106,8 @@ class PackedLinear(torch.nn.Module):
     kind         ``"bf16"``; ``"int8"`` or ``"int4"``: weights in groups of 32 inputs with a bf16 scale each, while the
                  activations keep 16 bits (few rows) or bf16; ``"int8_channel"``: 8-bit weights (a scale an output) and
                  8-bit activations (a scale a row), the fastest and least exact.
-    activation   ``"none"``, ``"gelu_tanh"``, or ``"swiglu"``: the weight is (2F, K), gates before ups, and the answer
-                 silu(gate) * up has F features.
+    activation   ``"none"``, ``"gelu_tanh"``, ``"quick_gelu"`` (CLIP's), or ``"swiglu"``: the weight is (2F, K), gates
+                 before ups, and the answer silu(gate) * up has F features.
     weight       (N, K), or a sequence of such matrices over the same inputs (query, key, value; gate, up), which are
                  joined; ``bias`` likewise, with None for a part without one. GroupedWeights are packed as they are.
     """

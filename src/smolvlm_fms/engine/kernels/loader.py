@@ -16,7 +16,7 @@ from smolvlm_fms.errors import CapacityError, ConfigurationError, MissingDepende
 LIBRARY = Path(__file__).with_name("libsvk.so")
 
 BF16, INT8_CHANNEL, INT8_GROUPS, INT4_GROUPS = range(4)
-NO_ACTIVATION, GELU_TANH, SWIGLU = range(3)
+NO_ACTIVATION, GELU_TANH, SWIGLU, QUICK_GELU = range(4)
 OK, NO_MEMORY, BAD_ARGUMENT = 0, -1, -2
 
 _i64, _f32, _ptr = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -166,12 +166,58 @@ class StepArgs(ctypes.Structure):
     ]
 
 
+class TowerLayer(ctypes.Structure):
+    """``svk_tower_layer``"""
+
+    _fields_ = [
+        ("qkv", Weights),
+        ("out", Weights),
+        ("up", Weights),
+        ("down", Weights),
+        ("attention_norm", _ptr),
+        ("attention_norm_bias", _ptr),
+        ("mlp_norm", _ptr),
+        ("mlp_norm_bias", _ptr),
+    ]
+
+
+class Tower(ctypes.Structure):
+    """``svk_tower``"""
+
+    _fields_ = [
+        ("layers", _i64),
+        ("width", _i64),
+        ("heads", _i64),
+        ("d", _i64),
+        ("ff", _i64),
+        ("activation", _i64),
+        ("layer", ctypes.POINTER(TowerLayer)),
+        ("eps", _f32),
+        ("attention_scale", _f32),
+    ]
+
+
+class TowerArgs(ctypes.Structure):
+    """``svk_tower_args``"""
+
+    _fields_ = [
+        ("hidden", _ptr),
+        ("out", _ptr),
+        ("key_mask", _ptr),
+        ("tokens", _i64),
+        ("first", _i64),
+        ("last", _i64),
+        ("threads", _i64),
+    ]
+
+
 _FUNCTIONS: dict[str, list[type]] = {
     "svk_linear": [Weights, LinearArgs],
     "svk_vision_attention": [VisionAttentionArgs],
     "svk_norm": [NormArgs],
     "svk_causal_attention": [Cache, Rope, CausalAttentionArgs],
     "svk_decode": [TextModel, Cache, StepArgs],
+    "svk_tower_blocks": [Tower, TowerArgs],
     "svk_prefill": [TextModel, Cache, StepArgs],
 }
 

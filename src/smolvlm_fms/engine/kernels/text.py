@@ -148,10 +148,18 @@ class PackedText:
         return logits
 
     def prefill(
-        self, hidden_TD: Tensor, position: int, start: int, cache: PackedCache, *, logits: bool = True
+        self,
+        hidden_TD: Tensor,
+        position: int,
+        start: int,
+        cache: PackedCache,
+        *,
+        logits: bool = True,
+        normed: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """T tokens of one sequence, the first at ``position``: embeddings (T, D) bf16 -> normed hidden states (T, D)
-        bf16 and the last token's logits (V,) fp32 (empty without ``logits``).
+        bf16 (empty without ``normed``, which saves most of the last layer) and the last token's logits (V,) fp32
+        (empty without ``logits``).
 
         Earlier positions are read from the cache, whose run of this sequence starts at ``start``.
 
@@ -159,10 +167,11 @@ class PackedText:
         """
         self._check_hidden(hidden_TD)
         self._check_range(position, position + len(hidden_TD), start, cache)
-        normed, last = torch.ops.smolvlm_fms.text_prefill(
-            hidden_TD, position, start, cache.keys, cache.values, self.handle, self.vocabulary if logits else 0
+        vocabulary = self.vocabulary if logits else 0
+        states, last = torch.ops.smolvlm_fms.text_prefill(
+            hidden_TD, position, start, cache.keys, cache.values, self.handle, vocabulary, normed
         )
-        return normed, last
+        return states, last
 
     def _check_hidden(self, hidden: Tensor) -> None:
         require_bf16("hidden", hidden)
@@ -203,17 +212,18 @@ def _text_decode_fake(
 
 
 def _text_prefill(
-    hidden: Tensor, position: int, start: int, keys: Tensor, values: Tensor, handle: int, vocabulary: int
+    hidden: Tensor, position: int, start: int, keys: Tensor, values: Tensor, handle: int, vocabulary: int, states: bool
 ) -> tuple[Tensor, Tensor]:
     hidden = hidden.contiguous()
-    normed, logits = torch.empty_like(hidden), torch.empty(vocabulary, dtype=torch.float32)
+    normed = hidden.new_empty((len(hidden) if states else 0, hidden.shape[1]))
+    logits = torch.empty(vocabulary, dtype=torch.float32)
     place = torch.tensor([position, start])
     args = loader.StepArgs(
         hidden=hidden.data_ptr(),
         positions=place.data_ptr(),
         starts=place[1:].data_ptr(),
         logits=logits.data_ptr() if vocabulary else None,
-        normed=normed.data_ptr(),
+        normed=normed.data_ptr() if states else None,
         rows=len(hidden),
         threads=torch.get_num_threads(),
     )
@@ -222,9 +232,11 @@ def _text_prefill(
 
 
 def _text_prefill_fake(
-    hidden: Tensor, position: int, start: int, keys: Tensor, values: Tensor, handle: int, vocabulary: int
+    hidden: Tensor, position: int, start: int, keys: Tensor, values: Tensor, handle: int, vocabulary: int, states: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(hidden), hidden.new_empty((vocabulary,), dtype=torch.float32)
+    return hidden.new_empty((hidden.shape[0] if states else 0, hidden.shape[1])), hidden.new_empty(
+        (vocabulary,), dtype=torch.float32
+    )
 
 
 operator(
@@ -235,7 +247,7 @@ operator(
 )
 operator(
     "text_prefill(Tensor hidden, int position, int start, Tensor(a!) keys, Tensor(b!) values, int model, "
-    "int vocabulary) -> (Tensor, Tensor)",
+    "int vocabulary, bool states) -> (Tensor, Tensor)",
     _text_prefill,
     _text_prefill_fake,
 )

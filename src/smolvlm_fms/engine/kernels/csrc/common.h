@@ -2,6 +2,10 @@
 #pragma once
 #include <omp.h>
 #include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "svk.h"
 
@@ -27,10 +31,21 @@ SVK_INLINE Range share(long total, long part, long parts) { return {total * part
 
 SVK_INLINE int threads_or_default(int64_t threads) { return threads > 0 ? (int)threads : omp_get_max_threads(); }
 
+// Fresh memory of megabytes comes from the kernel with every call, and costs a fault a page: larger ones are asked for.
+SVK_INLINE void prefer_huge_pages(void* memory, long bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 4096, begin = ((uintptr_t)memory + page - 1) / page * page;
+  const uintptr_t end = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
+  if (memory && bytes > (4 << 20)) (void)madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Memory of one call, aligned to cache lines. Calls may run side by side, so nothing is static.
 struct Scratch {
   char* base;
-  explicit Scratch(long bytes) : base((char*)aligned_alloc(64, (size_t)round_up(bytes + 64, 64))) {}
+  explicit Scratch(long bytes) : base((char*)aligned_alloc(64, (size_t)round_up(bytes + 64, 64))) {
+    prefer_huge_pages(base, bytes);
+  }
   ~Scratch() { free(base); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -80,5 +95,8 @@ SVK_INLINE vf gelu_tanh(vf x) {
   vf cubic = fmadd(mul(x, x), splat(0.044715f), splat(1.0f));
   return mul(x, sigmoid(mul(mul(x, cubic), splat(1.5957691216f))));
 }
+
+// x sigmoid(1.702 x), CLIP's
+SVK_INLINE vf quick_gelu(vf x) { return mul(x, sigmoid(mul(x, splat(1.702f)))); }
 
 }  // namespace SVK_ISA

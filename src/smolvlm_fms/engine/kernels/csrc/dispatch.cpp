@@ -57,6 +57,7 @@ int svk_norm(const svk_norm_args* args) { return table().norm(*args); }
 int svk_causal_attention(const svk_cache* cache, const svk_rope* rope, const svk_causal_attention_args* args) {
   return table().causal_attention(*cache, *rope, *args);
 }
+int svk_tower_blocks(const svk_tower* tower, const svk_tower_args* args) { return table().tower_blocks(*tower, *args); }
 int svk_decode(const svk_text_model* m, const svk_cache* cache, const svk_step_args* args) {
   return table().decode(*m, *cache, *args);
 }

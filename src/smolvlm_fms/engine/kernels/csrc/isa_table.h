@@ -12,16 +12,17 @@ struct svk_table {
   int (*causal_attention)(const svk_cache&, const svk_rope&, const svk_causal_attention_args&);
   int (*decode)(const svk_text_model&, const svk_cache&, const svk_step_args&);
   int (*prefill)(const svk_text_model&, const svk_cache&, const svk_step_args&);
+  int (*tower_blocks)(const svk_tower&, const svk_tower_args&);
 };
 
 #ifdef SVK_ISA
 #include "decode.h"
 #include "linear_call.h"
 #include "prefill.h"
-#include "vision_attention.h"
+#include "tower.h"
 
 #define SVK_DEFINE_TABLE(variable, isa_name) \
   extern const svk_table variable;           \
   const svk_table variable = {isa_name,                  SVK_ISA::linear, SVK_ISA::vision_attention, SVK_ISA::norm, \
-                              SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill}
+                              SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill, SVK_ISA::tower_blocks}
 #endif

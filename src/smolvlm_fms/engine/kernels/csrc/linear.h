@@ -183,8 +183,11 @@ struct Epilogue {
         put(mul(silu(x[1]), x[3]), m0 + m, p * 32 + 16);
         continue;
       }
-      for (int n = first; n < first + count; n++)
-        put(activation == SVK_GELU_TANH ? gelu_tanh(x[n]) : x[n], m0 + m, p * PANEL + n * 16);
+      for (int n = first; n < first + count; n++) {
+        if (activation == SVK_GELU_TANH) x[n] = gelu_tanh(x[n]);
+        if (activation == SVK_QUICK_GELU) x[n] = quick_gelu(x[n]);
+        put(x[n], m0 + m, p * PANEL + n * 16);
+      }
     }
   }
 };

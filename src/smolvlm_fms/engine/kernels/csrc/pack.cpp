@@ -22,20 +22,22 @@ void prefer_huge_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Words [first, first + count) of a row; the missing half of an odd row's last word is zero.
-void read_words(const uint16_t* row, int64_t k, int64_t first, int64_t count, uint32_t* words) {
+// Words [first, first + LINE) of a row of k values; beyond its end zeros.
+void read_line(const uint16_t* row, int64_t k, int64_t first, uint32_t* words) {
+  if (row && 2 * (first + LINE) <= k) {
+    memcpy(words, row + 2 * first, sizeof(uint32_t) * LINE);
+    return;
+  }
   memset(words, 0, sizeof(uint32_t) * LINE);
-  if (!row) return;
-  const int64_t values = k - 2 * first < 2 * count ? k - 2 * first : 2 * count;
-  memcpy(words, row + 2 * first, (size_t)values * 2);
+  if (row) memcpy(words, row + 2 * first, (size_t)(k - 2 * first) * 2);
 }
 
 void pack_panel(const uint16_t* const* rows, int64_t k, uint32_t* panel) {
   const int64_t width = (k + 1) / 2;
   for (int64_t first = 0; first < width; first += LINE) {
+    uint32_t words[PANEL][LINE + 1];  // one more: a column of it then touches every set of the cache
+    for (int64_t r = 0; r < PANEL; r++) read_line(rows[r], k, first, words[r]);
     const int64_t count = width - first < LINE ? width - first : LINE;
-    uint32_t words[PANEL][LINE];
-    for (int64_t r = 0; r < PANEL; r++) read_words(rows[r], k, first, count, words[r]);
     for (int64_t i = 0; i < count; i++) {
       uint32_t* out = panel + (first + i) * PANEL;
       for (int64_t r = 0; r < PANEL; r++) out[r] = words[r][i];

@@ -81,6 +81,39 @@ struct Prefill {
     run_linear(l.down, h, h_stride(), add_to(m, l.down, x, x_stride()));
   }
 
+  // The last layer where nobody asks for all rows' hidden states: keys and values of every row, and the rest of the
+  // layer for the last row alone, if its logits are wanted.
+  void run_last_layer(long index) {
+    const svk_layer& l = m.layer[index];
+    const long last_row = a.rows - 1;
+    norm(l.attention_norm);
+    run_linear(l.qkv, normed, x_stride(), to_bf16(l.qkv, SVK_NONE, qkv, qkv_width(m)));
+    svk_causal_attention_args args = {qkv, attended, a.rows, attended_stride(), m.heads, m.kv_heads, m.d, index,
+                                      a.starts[0], a.positions[0], m.attention_scale, team.threads};
+    store_rows(cache, m.rope, args, team.thread, team.threads);
+    team.wait();
+    if (!a.logits) return;
+    for (long head; (head = next_item(counters + index)) < m.heads;)
+      attend_tile(cache, m.rope, args, head, last_row, 1, scratch);
+    team.wait();
+    float* stream = x + last_row * x_stride();
+    u16* features = h + last_row * h_stride();
+    run_row(l.out, attended + last_row * attended_stride(), add_to(m, l.out, stream, x_stride()));
+    norm_row(stream, m.width, l.mlp_norm, nullptr, m.eps, false, y);  // every thread for itself
+    u16* mine = normed + team.thread * x_stride();
+    for (long i = 0; i < round_up(m.width, 32); i += 16) store_bf16(mine + i, load(y + i));
+    run_row(l.gate_up, mine, to_bf16(l.gate_up, SVK_SWIGLU, features, h_stride()));
+    run_row(l.down, features, add_to(m, l.down, stream, x_stride()));
+  }
+
+  // bf16 activations also for quantised weights: the rows before them were computed so.
+  void run_row(const svk_weights& w, const u16* in, const Epilogue& e) {
+    Rows row;
+    row.bf16 = in, row.stride = x_stride();
+    linear_by_columns(w, row, 1, team.thread, team.threads, panel, e);
+    team.wait();
+  }
+
   // Logits of the last row only: a prompt asks for one next token.
   void last_logits() {
     norm_row(x + (a.rows - 1) * x_stride(), m.width, m.final_norm, nullptr, m.eps, false, y);
@@ -101,7 +134,9 @@ struct Prefill {
     }
     for (long l = team.thread; l < m.layers; l += team.threads) counters[l] = 0;
     team.wait();
-    for (long l = 0; l < m.layers; l++) run_layer(l);
+    const bool whole = a.normed || team.threads > a.rows;  // run_last_layer keeps a row of `normed` for each thread
+    for (long l = 0; l < m.layers - !whole; l++) run_layer(l);
+    if (!whole) run_last_layer(m.layers - 1);
     if (a.logits) last_logits();
     if (!a.normed) return;
     norm(m.final_norm);

@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 enum { SVK_BF16 = 0, SVK_INT8_CHANNEL = 1, SVK_INT8_GROUPS = 2, SVK_INT4_GROUPS = 3 };
-enum { SVK_NONE = 0, SVK_GELU_TANH = 1, SVK_SWIGLU = 2 };
+enum { SVK_NONE = 0, SVK_GELU_TANH = 1, SVK_SWIGLU = 2, SVK_QUICK_GELU = 3 };
 enum { SVK_OK = 0, SVK_NO_MEMORY = -1, SVK_BAD_ARGUMENT = -2 };
 
 typedef struct {
@@ -104,9 +104,28 @@ typedef struct {
   const uint16_t* hidden;              // [rows, width] embeddings
   const int64_t *positions, *starts;   // [rows]; prefill reads the first of each
   float* logits;                       // [rows, vocabulary]; prefill: of the last row; or null
-  uint16_t* normed;                    // [rows, width] after the final norm, or null
+  uint16_t* normed;                    // [rows, width] after the final norm, or null (prefill then skips what only
+                                       // the other rows' last hidden states would need)
   int64_t rows, threads;
 } svk_step_args;
+
+typedef struct {
+  svk_weights qkv, out, up, down;  // up carries the activation
+  const float *attention_norm, *attention_norm_bias, *mlp_norm, *mlp_norm_bias;  // LayerNorms, [width]
+} svk_tower_layer;
+
+typedef struct {
+  int64_t layers, width, heads, d, ff, activation;
+  const svk_tower_layer* layer;
+  float eps, attention_scale;
+} svk_tower;
+
+typedef struct {
+  const uint16_t* hidden;   // [tokens, width]
+  uint16_t* out;            // [tokens, width], after the layers [first, last); before any final norm
+  const uint8_t* key_mask;  // [tokens], 0 where a key is left out, or null
+  int64_t tokens, first, last, threads;
+} svk_tower_args;
 
 SVK_EXPORT const char* svk_isa(void);                // the instruction set in use: "avx512", "avx2" or "portable"
 SVK_EXPORT int svk_set_isa(const char* name);        // for tests; SVK_BAD_ARGUMENT where this machine cannot run it
@@ -117,6 +136,8 @@ SVK_EXPORT int svk_vision_attention(const svk_vision_attention_args*);
 SVK_EXPORT int svk_norm(const svk_norm_args*);
 // Rotates and stores the rows' keys and values, then lets each row attend to its position and all before.
 SVK_EXPORT int svk_causal_attention(const svk_cache*, const svk_rope*, const svk_causal_attention_args*);
+// Blocks of a vision tower on one tile.
+SVK_EXPORT int svk_tower_blocks(const svk_tower*, const svk_tower_args*);
 // The whole text model: rows of different sequences (decode), or consecutive rows of one (prefill).
 SVK_EXPORT int svk_decode(const svk_text_model*, const svk_cache*, const svk_step_args*);
 SVK_EXPORT int svk_prefill(const svk_text_model*, const svk_cache*, const svk_step_args*);

@@ -19,8 +19,8 @@ SVK_INLINE long pack_head(const svk_vision_attention_args& a, long b, long h, u3
 }
 
 SVK_INLINE void vision_rows(const svk_vision_attention_args& a, long b, long h, Range rows, long keys_packed,
-                            const u32* keys, const u32* values, const AttentionScratch& s) {
-  const long row = 3 * a.heads * a.d, out_row = a.heads * a.d;
+                            const u32* keys, const u32* values, const AttentionScratch& s, long out_row) {
+  const long row = 3 * a.heads * a.d;
   long visible[TILE_ROWS];
   for (int m = 0; m < TILE_ROWS; m++) visible[m] = keys_packed;
   for (long t = rows.begin; t < rows.end; t += TILE_ROWS) {
@@ -60,7 +60,7 @@ static int vision_attention(const svk_vision_attention_args& a) {
       const long packed = pack_head(a, b, h, keys, values);
       Range tiles = share(ceil_div(a.tokens, TILE_ROWS), i % parts, parts);
       Range rows = {tiles.begin * TILE_ROWS, lmin(tiles.end * TILE_ROWS, a.tokens)};
-      vision_rows(a, b, h, rows, packed, keys, values, s);
+      vision_rows(a, b, h, rows, packed, keys, values, s, a.heads * a.d);
     }
   }
   return SVK_OK;
