@@ -20,6 +20,7 @@ from smolvlm_fms.engine.sequence import Picture
 from smolvlm_fms.errors import FetchError, ImageError, PromptError, TokenCountError, VideoError
 from smolvlm_fms.processing.chat import media_of
 from smolvlm_fms.processing.chat_template import normalise_conversations
+from smolvlm_fms.processing.literal import LiteralText
 from smolvlm_fms.processing.prompt import check_counts, expand_placeholders
 from smolvlm_fms.processing.sources import read_file
 
@@ -60,6 +61,8 @@ class Preparer:
         self.processor = processor
         self.image_token_id = image_token_id
         self.tokens_per_tile = tokens_per_tile
+        markup_is_control = not processor.keep_special_tokens
+        self._literal = LiteralText(processor.tokenizer, processor.tokens, markup_is_control=markup_is_control)
         self._grids: ByteCache[tuple[str, int]] = ByteCache(REMEMBERED_GRIDS)
 
     def chat(self, messages: SequenceOf[Mapping[str, Any]], detail: str | None = None) -> Prompt:
@@ -71,7 +74,8 @@ class Preparer:
         conversations, several = normalise_conversations(messages)
         if several:
             raise PromptError("Several conversations came where one is answered; use batch for many.")
-        text = self.processor.apply_chat_template(conversations[0], add_generation_prompt=True)
+        said = self._literal.marked(conversations[0])  # a control token that somebody typed is text
+        text = self.processor.apply_chat_template(said, add_generation_prompt=True)
         (pictures,), (videos,) = media_of(conversations)
         tokens = self.processor.tokens
         check_counts([text], [len(pictures)], len(videos), tokens)
@@ -89,9 +93,8 @@ class Preparer:
 
     def _assemble(self, text: str, media: list[_Tiles]) -> Prompt:
         """Tokenise and say which placeholders belong to which picture."""
-        tokenizer = self.processor.tokenizer
-        bos = tokenizer.bos_token
-        ids = tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+        bos = self.processor.tokenizer.bos_token
+        ids = self._literal.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
         places = np.flatnonzero(np.asarray(ids, dtype=np.int64) == self.image_token_id)
         counts = [tiles.text.count(self.processor.tokens.image) for tiles in media]
         if len(places) != sum(counts):
