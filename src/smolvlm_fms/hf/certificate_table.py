@@ -9,6 +9,7 @@ __all__ = ["COLUMNS", "STAGES", "checks_table", "number", "summary_table"]
 
 COLUMNS = ("check", "max abs difference", "bound", "reference's own noise", "agree", "verdict")
 STAGES = ("ids", "pixels", "features", "logits", "greedy text")
+TOKENS = ("ids", "greedy text")
 
 Report = Mapping[str, Any]
 
@@ -31,14 +32,19 @@ def checks_table(report: Report) -> str:
 
 
 def summary_table(reports: Iterable[tuple[str, Report]]) -> str:
-    """Reports by name, a line each: the largest difference of every stage over all cases, and logits' bounds."""
+    """Reports by name, a line each: of every stage the largest difference over all cases (of token ids the smallest
+    share that agrees), and the logits' bounds.
+    """
     header = ("family", "dtype", *STAGES, "logits' bound", "verdict")
     lines = [_row(header), _row(["---"] * len(header))]
     for name, report in reports:
         worst = []
         for stage in STAGES:
-            found = [check["max_abs"] for check in report["checks"] if check["name"].endswith(f": {stage}")]
-            worst.append(number(max(found)) if found else "–")
+            found = [check for check in report["checks"] if check["name"].endswith(f": {stage}")]
+            if stage in TOKENS:
+                worst.append(f"{min(check['agree'] for check in found):.0%}")
+            else:
+                worst.append(number(max(check["max_abs"] for check in found)))
         bounds = [check["bound"] for check in report["checks"] if check["name"].endswith(": logits")]
         verdict = "ok" if report["ok"] else "differs"
         lines.append(_row([name, report["dtype"], *worst, f"{number(min(bounds))} … {number(max(bounds))}", verdict]))
