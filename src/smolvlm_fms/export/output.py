@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from smolvlm_fms.errors import CapacityError, CheckpointError
 
 __all__ = ["PROCESSOR_FILES", "Output", "check_space", "copy_processor_files", "output_folder"]
@@ -81,7 +83,7 @@ def output_folder(out: Path, source: Path, force: bool) -> Iterator[Output]:
             shutil.rmtree(old)
         else:
             os.replace(scratch, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{out} could not be written: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

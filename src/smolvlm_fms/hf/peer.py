@@ -6,10 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-__all__ = ["transformers_forward"]
+__all__ = ["sees_pictures_right", "transformers_forward"]
+
+
+def sees_pictures_right() -> bool:
+    """Whether the transformers that is here gives tiles their position ids in fp32; 4 does in bf16 alone."""
+    return int(transformers.__version__.split(".")[0]) >= 5
 
 
 def transformers_forward(folder: Path, dtype: torch.dtype) -> Callable[[Mapping[str, Tensor]], Tensor]:
