@@ -225,6 +225,18 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
+def cost_plot(folder: Path, target: Path, about: dict[str, Any], save: bool) -> None:
+    """Measure how cost grows and draw it; one JSON object on the last line."""
+    os.environ["OMP_NUM_THREADS"] = str(about["threads"])  # before torch is imported
+    import engine_cost
+
+    caption = f"{about['cpu']}, {about['threads']} threads, {about['clock']} time, bf16, 256M shapes, {about['date']}"
+    result = {"machine": about, "cost": engine_cost.report(folder, target, caption)}
+    if save:
+        (HERE / "results" / f"cost-{about['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", choices=sorted({kind.split("_")[0] for kind in PEERS}), default=[])
@@ -233,6 +245,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread, for busy machines")
+    parser.add_argument("--cost-plot", type=Path, help="draw seconds by tiles, frames and tokens, and do nothing else")
     parser.add_argument("--save", action="store_true", help="write the result into benchmarks/results/ as well")
     asked = parser.parse_args()
     from smolvlm_fms.engine.machine import cpu_count
@@ -242,6 +255,8 @@ def main() -> None:
         os.environ["BENCHMARK_CLOCK"] = "cpu"
     about = machine(threads) | {"clock": "cpu" if asked.cpu_time else "wall"}
     folder = engine_checkpoint.build()
+    if asked.cost_plot:
+        return cost_plot(folder, asked.cost_plot, about, asked.save)
     peers = ["transformers"] if asked.quick or not asked.peer else asked.peer
     workers = start_workers(folder, threads, peers, asked.quick)
     try:
