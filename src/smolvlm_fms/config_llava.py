@@ -200,6 +200,11 @@ class LlavaNextConfig(BaseConfig):
     linear_config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        # FMS builds configurations from ``as_dict()``.
+        if isinstance(self.vision, Mapping):
+            self.vision = LlavaVisionConfig.from_dict(self.vision)
+        if isinstance(self.text, Mapping):
+            self.text = TextConfig.from_dict(self.text)
         if self.model_type != "llava_next":
             raise ConfigurationError(f"model_type {self.model_type!r} is not llava_next.")
         if not 0 <= self.image_token_id < self.text.vocab_size:

@@ -70,9 +70,11 @@ class LlavaNext(nn.Module):
         vision_only: bool = False,
         **changes: Any,
     ) -> None:
-        """``changes`` override fields of ``config``; ``vision_only`` leaves out everything after the embeddings."""
+        """``changes`` override fields of ``config``, or are all of them. ``vision_only`` leaves out everything after
+        the embeddings.
+        """
         super().__init__()
-        self.config = (config or LlavaNextConfig()).updated(**changes)
+        self.config = LlavaNextConfig.from_dict(changes) if config is None else config.updated(**changes)
         self.vision_only = self._vision_only = vision_only  # FMS's loader looks for the second name
         c = self.config
         parts: dict[str, Any] = {"fused_weights": c.fused_weights, "linear_config": c.linear_config}
