@@ -113,7 +113,7 @@ def ours(
 
 def theirs(folder: Path, samples: list[Sample], args: argparse.Namespace, run: Path) -> tuple[list[float], float]:
     """The same for transformers' Trainer."""
-    from transformers import SmolVLMForConditionalGeneration, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, SmolVLMForConditionalGeneration, TrainerCallback, TrainingArguments
     from transformers import Trainer as TheirTrainer
 
     class Clock(TrainerCallback):
@@ -143,6 +143,7 @@ def theirs(folder: Path, samples: list[Sample], args: argparse.Namespace, run: P
     )  # fmt: skip
     data = [{"sample": sample} for sample in samples]
     trainer = TheirTrainer(model, options, data_collator=batch, train_dataset=data, callbacks=[clock])
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return [end - start for start, end in pairwise(clock.ends[args.warmup - 1 :])], first
