@@ -1,6 +1,7 @@
 """Several processes over gloo train as one does, however they share the model; what they leave, others take up.
 
-One launch of ``torchrun`` runs several configurations one after the other: most of its time goes into starting.
+The processes are forked from one that has imported everything: under ``torchrun``, which the test of the documentation
+uses, most of the time goes into that. One launch runs several configurations.
 """
 
 from __future__ import annotations
@@ -27,19 +28,17 @@ from tests.unit.training_helpers import read_lines, tiny_checkpoint, tiny_model,
 
 SCRIPT = """
 import os, shutil, signal, sys
-from pathlib import Path
+import torch.distributed as dist
+from smolvlm_fms.training.checkpoint import CheckpointFolder
+from smolvlm_fms.training.config import TrainConfig
+from smolvlm_fms.training.run import train
 
-def main():
-    import torch.distributed as dist
-    from smolvlm_fms.training.checkpoint import CheckpointFolder
-    from smolvlm_fms.training.config import TrainConfig
-    from smolvlm_fms.training.run import train
-
-    dist.init_process_group("gloo")
-    for word in sys.argv[1:]:
+def work(rank, world, meet, words):
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    for word in words:
         action, _, file = word.partition(":")
         config = TrainConfig.load(file)
-        if action == "again" and dist.get_rank() == 0:  # as if the run had died after its last checkpoint but one
+        if action == "again" and rank == 0:  # as if the run had died after its last checkpoint but one
             shutil.rmtree(max((config.run / "checkpoints").glob("step-*")))
             shutil.rmtree(config.run / "final")
         if action == "kill":  # in the middle of a checkpoint: its tensors are written, it does not count yet
@@ -55,8 +54,28 @@ def main():
         train(config, say=lambda line: None)
     dist.destroy_process_group()
 
-if __name__ == "__main__":
-    main()
+def fork(rank, world, meet, words):
+    child = os.fork()
+    if child == 0:
+        try:
+            work(rank, world, meet, words)
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    return child
+
+world, meet, *words = sys.argv[1:]
+children = {fork(rank, int(world), meet, words) for rank in range(int(world))}
+failed = 0
+while children:
+    child, status = os.wait()
+    children.discard(child)
+    if status and not failed:
+        failed = 1
+        for other in children:  # they would wait for the one that died
+            os.kill(other, signal.SIGKILL)
+sys.exit(failed)
 """
 
 CHANGES: dict[str, Any] = {
@@ -84,14 +103,10 @@ class Runs:
         file.write_text(yaml.safe_dump(settings(self.folder / name, self.base, self.skill, **changes)))
         return str(file)
 
-    def torchrun(self, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
-        script = self.folder / "run.py"
-        script.write_text(SCRIPT)
+    def launch(self, processes: int, *words: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-            str(script), *words,
-        ]  # fmt: skip
+        meet = self.folder / f"meet-{processes}"
+        command = [sys.executable, "-c", SCRIPT, str(processes), str(meet), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
     def losses(self, name: str) -> list[float]:
@@ -120,7 +135,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_two_processes_train_as_one(runs: Runs) -> None:
     """FSDP2; tensor parallelism, resumed; and killed in a checkpoint, taken up by a single process."""
     sharded, split, killed = runs.config("two", {}), runs.config("split", {"tensor": 2}), runs.config("killed", {})
-    done = runs.torchrun(2, f"run:{sharded}", f"run:{split}", f"again:{split}", f"kill:{killed}")
+    done = runs.launch(2, f"run:{sharded}", f"run:{split}", f"again:{split}", f"kill:{killed}")
     assert done.returncode != 0, "the last run is killed"
     for name in ("two", "split"):
         assert (runs.folder / name / "final").exists(), done.stderr[-4000:]
@@ -138,7 +153,7 @@ def test_two_processes_train_as_one(runs: Runs) -> None:
 def test_four_processes_train_as_one(runs: Runs) -> None:
     """HSDP, two shards twice; and two shards of which each is split over two processes."""
     hybrid, both = runs.config("hybrid", {"replicas": 2}), runs.config("both", {"tensor": 2})
-    done = runs.torchrun(4, f"run:{hybrid}", f"run:{both}")
+    done = runs.launch(4, f"run:{hybrid}", f"run:{both}")
     assert done.returncode == 0, done.stderr[-4000:]
     for name in ("hybrid", "both"):
         runs.assert_equal(name)
