@@ -123,11 +123,19 @@ def versions() -> dict[str, str]:
 
 
 def _processors(folder: Path) -> tuple[Any, Any]:
-    """Our processor and transformers' for ``folder``."""
+    """Our processor and transformers' for ``folder``, both with the PIL back end's pixels, which are our default.
+
+    Where torchvision is installed, transformers would take its tensor back end, which rounds in other places.
+    """
+    from transformers import AutoImageProcessor
+
     from smolvlm_fms.hf.reference import reference_processor
     from smolvlm_fms.processing import load_processor
 
-    return load_processor(folder), reference_processor(folder)
+    reference = reference_processor(folder)
+    if not type(reference.image_processor).__name__.endswith("Pil"):
+        reference.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return load_processor(folder), reference
 
 
 def _compare_processors(
