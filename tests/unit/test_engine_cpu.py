@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from smolvlm_fms.engine.linears import OneDnnLinear
 from smolvlm_fms.engine.runner import ModelRunner
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.fms_bridge.loading import load_model
+from smolvlm_fms.fms_bridge.saving import save_pretrained
 from tests.parity.test_engine_parity import LENGTH, submit_row
 from tests.tiny_models import FAMILIES, build_checkpoint, make_batch
 
@@ -141,6 +143,22 @@ def test_a_packed_model_holds_its_weights_once(folders: dict[str, Path]) -> None
     assert [n for n, p in untied.named_parameters() if p.dim() == 2 and "position" not in n] == [
         "text_model.base_model.embedding.weight"
     ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_packed_model_has_left_its_file(tmp_path: Path) -> None:
+    """One tensor left in a mapping keeps all its pages resident: the weights a second time."""
+    folder = tmp_path / "bf16"
+    save_pretrained(load_model(build_checkpoint(tmp_path / "fp32", "smolvlm", seed=3)), folder, dtype=torch.bfloat16)
+    model = load_model(folder, fused_weights=False)
+
+    def mapped() -> bool:
+        return str(folder / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    assert mapped(), "nothing is read before it is needed"
+    pack_model(model)
+    gc.collect()
+    assert not mapped()
 
 
 def test_what_cannot_be_packed_is_said(folders: dict[str, Path]) -> None:

@@ -33,6 +33,9 @@ QUANTIZED: dict[str | None, tuple[str, str]] = {
 }
 """Kinds of the text model's blocks and of its head, by what the caller asks for."""
 
+SMALL = 2**20
+"""Numbers in a matrix that is copied without a second thought: a tower's table of positions."""
+
 
 def suits(model: Any) -> bool:
     """Whether the packed path can compute this model as it is: bf16 on the CPU, SwiGLU text, whole linears."""
@@ -57,12 +60,23 @@ def pack_model(model: SmolVLM | LlavaNext, quantize: str | None = None, quantize
         raise ConfigurationError(f"quantize is {quantize!r}; it is None, 'int8' or 'int4'.")
     if quantize_tower not in (None, "int8"):
         raise ConfigurationError(f"quantize_tower is {quantize_tower!r}; it is None or 'int8'.")
+    _leave_the_file(model)
     pack_text(model.text_model, *QUANTIZED[quantize])
     kind = "bf16" if quantize_tower is None else "int8_channel"
     if isinstance(model, LlavaNext):
         pack_llava_tower(model.vision_tower, model.projector, model.config.feature_layers, kind)
     else:
         pack_tower(model.vision_tower, model.connector, kind)
+
+
+def _leave_the_file(model: Any) -> None:
+    """Copy what will not be packed (norms, biases, tables) out of the checkpoint's mappings, one a layer. A mapping
+    lasts as long as any tensor in it, and all pages that packing reads would stay resident with it: the weights a
+    second time. Linears behind the deepest tap are never read and stay."""
+    table = getattr(model.text_model.base_model.embedding, "weight", None)
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or parameter is table or parameter.numel() <= SMALL:
+            parameter.data = parameter.data.clone()
 
 
 def _tower(model: SmolVLM | LlavaNext) -> Any:
