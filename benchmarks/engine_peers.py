@@ -76,7 +76,7 @@ def _tower(package: str, file: str) -> Callable[[], str]:
 
 PEERS: dict[str, Peer] = {
     "transformers": Peer("engine_workers.py", _needs("transformers", "pip install transformers")),
-    "llamacpp": Peer("peers/llamacpp.py", _llamacpp("llamacpp")),
+    "llamacpp": Peer("peers/llamacpp.py", _llamacpp("llamacpp"), ("tower", "prefill", "decode")),
     "llamacpp_bf16": Peer("peers/llamacpp.py", _llamacpp("llamacpp_bf16"), ("prefill", "decode")),
     "llamacpp_q8": Peer("peers/llamacpp.py", _llamacpp("llamacpp_q8")),
     "llamacpp_q4": Peer("peers/llamacpp.py", _llamacpp("llamacpp_q4"), ("prefill", "decode")),

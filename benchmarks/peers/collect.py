@@ -51,8 +51,11 @@ def read_run(path: Path) -> dict[str, Any]:
     return found
 
 
-def collect(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One object with every run's figures, the ratios of all, and how each stands to its bars."""
+def collect(runs: list[dict[str, Any]], note: str = "") -> dict[str, Any]:
+    """One object with every run's figures, the ratios of all, and how each stands to its bars.
+
+    ``note``: what a reader must know of the circumstances.
+    """
     ratios: dict[str, float] = {}
     for run in runs:
         ratios.update(run["ratios"])
@@ -61,6 +64,7 @@ def collect(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if starts:
         verdicts["cold_start_s"] = _verdict(-starts[-1], *(-bar for bar in COLD_START_BARS))
     return {
+        **({"note": note} if note else {}),
         "ratios": ratios,
         "cold_start_s": starts[-1] if starts else None,
         "bars": {name: {"at_least": low, "aim": high} for name, (low, high) in BARS.items()},
@@ -94,8 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--note", default="", help="what a reader must know of the circumstances")
     asked = parser.parse_args()
-    result = collect([read_run(path) for path in asked.runs])
+    result = collect([read_run(path) for path in asked.runs], asked.note)
     if asked.out:
         asked.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
