@@ -70,7 +70,9 @@ def test_dtype_is_that_of_the_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_bundled_model_in_its_own_dtype(tmp_path: Path) -> None:
-    result = convert("demo", tmp_path / "out", "hf")
+    said: list[str] = []
+    result = convert("demo", tmp_path / "out", "hf", say=said.append)
+    assert said[0].startswith("reading") and said[-3:][0].endswith("100%") and said[-2:] == ["writing hf", "checking"]
     assert held(result)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 

@@ -48,7 +48,7 @@ def convert(
     dtype: str | None = None,
     force: bool = False,
     check_tower: bool = False,
-    say: Callable[[str], object] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Conversion:
     """Convert ``model`` (a folder, a hub id, ``"demo"``, a training run, an adapter) into the folder ``out``.
 
@@ -68,8 +68,8 @@ def convert(
     source = find_source(model, adapter)
     out = Path(out).expanduser()
     with output_folder(out, source.folder, force) as output:
-        say(f"reading {source.folder}" + (f" and the adapter {source.adapter}" if source.adapter else ""))
-        loaded = source.load(chosen)
+        what = f"{source.folder}" + (f" and the adapter {source.adapter}" if source.adapter else "")
+        loaded = source.load(chosen, lambda done: say(f"reading {what}: {done:.0%}"))
         kept = next(loaded.parameters()).dtype
         check_space(out, target.expected_bytes(loaded))
         say(f"writing {to}")
