@@ -5,6 +5,8 @@ N outputs, K inputs, P panels, G groups of 32 inputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,8 +79,9 @@ def quantize_channels(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_groups(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """One bf16 scale for 32 inputs: int8 (N, K) values, in -127...127 or -8...7, and bf16 scales (N, ceil(K/32)).
 
-    8 bits take the group's largest magnitude to 127. 4 bits choose, for each group, the scale of least squared error
-    among those that take its extreme value to between -8 and -5, refitted by least squares.
+    Each group has the scale of least squared error among a few. 8 bits: those that take its largest magnitude to 126 …
+    128, for the nearest bf16 number may clip it or waste a level. 4 bits: those that take its extreme value to between
+    -8 and -5, refitted by least squares.
     """
     parts = []
     for rows in torch.split(weight_NK, _ROWS_AT_ONCE):
@@ -91,22 +94,31 @@ def quantize_groups(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _int8_scale(groups_NGK: Tensor) -> Tensor:
-    return (groups_NGK.abs().amax(2) / 127).to(torch.bfloat16)
+    largest = groups_NGK.abs().amax(2)
+    return _least_error(groups_NGK, (largest / level for level in (127.0, 127.5, 128.0, 126.5, 126.0)), -127, 127)
 
 
 def _int4_scale(groups_NGK: Tensor) -> Tensor:
     largest = groups_NGK.gather(2, groups_NGK.abs().argmax(2, keepdim=True)).squeeze(2)
-    best = torch.zeros_like(largest, dtype=torch.bfloat16)
-    best_error = torch.full_like(largest, torch.inf)
-    for level in (-8.0, -7.5, -7.0, -6.5, -6.0, -5.5, -5.0):
-        first = largest / level
-        q = _quantize(groups_NGK, first, -8, 7)
-        fitted = ((q * groups_NGK).sum(2) / (q * q).sum(2).clamp_min(1)).to(torch.bfloat16)
-        wide = fitted.float()
-        q = _quantize(groups_NGK, wide, -8, 7)
+
+    def fitted(level: float) -> Tensor:
+        q = _quantize(groups_NGK, largest / level, -8, 7)
+        return (q * groups_NGK).sum(2) / (q * q).sum(2).clamp_min(1)
+
+    return _least_error(groups_NGK, map(fitted, (-8.0, -7.5, -7.0, -6.5, -6.0, -5.5, -5.0)), -8, 7)
+
+
+def _least_error(groups_NGK: Tensor, candidates: Iterable[Tensor], low: int, high: int) -> Tensor:
+    """For each group (N, G) the bf16 scale among ``candidates`` (each (N, G)) with the least squared error."""
+    best = torch.zeros(groups_NGK.shape[:2], dtype=torch.bfloat16)
+    best_error = torch.full(best.shape, torch.inf)
+    for candidate in candidates:
+        scale = candidate.to(torch.bfloat16)
+        wide = scale.float()
+        q = _quantize(groups_NGK, wide, low, high)
         error = (q.mul_(wide[..., None]).sub_(groups_NGK)).square_().sum(2)
-        better = error < best_error
-        best, best_error = torch.where(better, fitted, best), torch.where(better, error, best_error)
+        better = ~(error >= best_error)  # also where it is not a number: such weights must not turn into zeros
+        best, best_error = torch.where(better, scale, best), torch.where(better, error, best_error)
     return best
 
 
