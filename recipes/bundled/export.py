@@ -91,7 +91,7 @@ def latest(run: Path, module: nn.Module, wanted: tuple[str, ...] = ("",)) -> int
     state = {}
     for name, tensor in checkpoints.tensors(step).items():
         kind, _, rest = name.partition("smolvlm.")  # inside Sighted, perhaps inside DistributedDataParallel
-        if kind.startswith("average/") and rest.startswith(wanted):
+        if kind.startswith("average/") and rest and rest.startswith(wanted):
             state[rest] = tensor
     missing, unexpected = module.load_state_dict(state, strict=False)
     left = [n for n in missing if n.startswith(wanted) and not n.startswith("text_model.head")]  # tied

@@ -33,7 +33,7 @@ WANTED = {
     "two": ("same shape", "picture of more", "picture of bigger", "thing in picture"),
     "video": ("direction",),
 }
-EACH = {"single": 1, "pair": 1, "count": 1, "number": 1, "word": 1, "emoji": 3, "flag": 1, "sketch": 1, "chart": 1,
+EACH = {"single": 2, "pair": 1, "count": 1, "number": 1, "word": 1, "emoji": 4, "flag": 1, "sketch": 1, "chart": 1,
         "two": 1, "video": 1}  # fmt: skip
 TRIES = 60
 """Seeds a skill: one that fails on all of them is left out."""

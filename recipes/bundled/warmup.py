@@ -101,15 +101,6 @@ def build_optimisers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]
     ]
 
 
-def agreed(done: float, world: int) -> float:
-    """The first process's clock: all must stop at the same step."""
-    if world == 1:
-        return done
-    clock = torch.tensor(done)
-    dist.broadcast(clock, 0)
-    return float(clock)
-
-
 def save(model: Warmup, optimisers: list[torch.optim.Optimizer], seen: int, step: int, folder: Path) -> None:
     state = {"tower": model.tower.state_dict(), "symbols": model.symbols.state_dict(), "seen": seen, "step": step}
     torch.save(state | {"optimisers": [one.state_dict() for one in optimisers]}, folder / "tower.part")
@@ -120,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--out", type=Path, default=Path("runs/bundled"))
-    parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--pictures", type=int, default=38_400, help="stop after so many, all processes together")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step, of each process")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
@@ -150,8 +141,7 @@ def main() -> None:
             optimiser.load_state_dict(saved)
         seen, step = state["seen"], state["step"]
     for batch in loader(args.work, args.batch, 10_000_000 + seen, rank, world):
-        done = agreed((time.time() - begin) / 60 / args.minutes, world)
-        if done >= 1:
+        if seen >= args.pictures:
             break
         for group in (group for optimiser in optimisers for group in optimiser.param_groups):
             group["lr"] = args.lr * min(1, (step + 1) / 100)

@@ -22,13 +22,16 @@ def test_the_bundled_tower_bears_eight_bits() -> None:
 
 
 def test_outliers_are_seen(tmp_path: Path) -> None:
-    """A channel a thousand times larger than the rest takes all of a patch's scale."""
+    """A channel a thousand times larger than the rest takes all of a patch's scale, though the function is the same."""
     assert convert("demo", tmp_path / "bad", "hf").ok
     file = tmp_path / "bad" / "model.safetensors"
     tensors = load_file(file)
-    for name in tensors:
-        if name.endswith("layer_norm1.weight") or name.endswith("layer_norm2.weight"):
-            tensors[name][0] *= 1000
+    readers = {"layer_norm1": [f"self_attn.{part}_proj" for part in "qkv"], "layer_norm2": ["mlp.fc1"]}
+    for name in [name for name in tensors if ".layer_norm" in name]:
+        layer, norm, _ = name.rsplit(".", 2)
+        tensors[name][0] *= 1024
+        for reader in readers[norm] if name.endswith("weight") else []:
+            tensors[f"{layer}.{reader}.weight"][:, 0] /= 1024
     save_file(tensors, file, metadata={"format": "pt"})
     pictures = sorted(bundled("pictures").glob("*.png"))[:1]
     bad = check_int8_tower(tmp_path / "bad", pictures, max_tokens=4)

@@ -362,5 +362,6 @@ def test_any_text_can_be_written(writer: conversations.Writer, text: str) -> Non
 
 
 def test_every_answer_word_of_the_recipe_is_known(writer: conversations.Writer) -> None:
-    for answer in (*draw.SHAPES, *draw.COLOURS, *json.loads((RECIPE / "emoji_names.json").read_text())):
+    names = [json.loads((RECIPE / f"{kind}_names.json").read_text()) for kind in ("emoji", "flag", "sketch")]
+    for answer in (*draw.SHAPES, *draw.COLOURS, *(word for table in names for word in table)):
         assert len(writer.tokenizer.encode(f" {answer}").ids) <= 4, answer
