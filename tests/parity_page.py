@@ -26,11 +26,9 @@ any case that agrees.
   weights choose among near ties; what follows the first parting is not compared.)
 - **pixels**: what the processors hand to the tower. One level of rounding of an 8-bit pixel is allowed.
 - **features**: image tokens behind the connector or projector. fp32: 1e-4 is allowed.
-- **logits**: of every position. fp32: 1e-4 is allowed, or, where transformers' own result moves further than that when
-  its attention changes from `sdpa` to `eager` on that very input, so far; and every argmax has to agree. bf16: twice
-  the distance of transformers' bf16 result from its fp32 result on that input (features, too).
-
-All bounds come from the reference alone, in the same run, before our result is computed.
+- **logits**: of every position. fp32: 1e-4 is allowed, and every argmax has to agree. The reference's own noise beside
+  it is how far transformers' result moves when its attention changes from `sdpa` to `eager` on that very input. bf16:
+  twice the distance of transformers' bf16 result from its fp32 result on that input (features, too).
 """
 
 Report = dict[str, Any]

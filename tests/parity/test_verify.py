@@ -96,23 +96,25 @@ def perturb(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> N
 
 
 @pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("loud", [False, True], ids=["absolute bound", "bound from noise"])
 def test_a_little_wrong_is_not_ok(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], loud: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]
 ) -> None:
-    """Also where the reference's own noise is above 1e-4, and with it the bound: here by logits of some thousands."""
     folder = idefics3(tmp_path)
-    if loud:
-        weights = load_file(folder / "model.safetensors")
-        weights["lm_head.weight"] *= 1000
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        clean = run(folder)
-        assert clean["ok"]
-        assert max(check["bound"] for check in clean["checks"] if "logits" in check["name"]) > 1e-3
     perturb(monkeypatch, change)
     report = run(folder)
     assert not report["ok"] and any(name.endswith("logits") for name in failed(report))
     assert not any(name.endswith(("ids", "pixels", "features")) for name in failed(report))
+
+
+def test_noise_of_the_reference_is_no_excuse(tmp_path: Path) -> None:
+    """Logits of thousands move by over 1e-3 between transformers' own kinds of attention: told, not allowed."""
+    folder = idefics3(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 1000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    logits = [check for check in run(folder)["checks"] if check["name"].endswith("logits")]
+    assert max(check["reference_noise"] for check in logits) > 1e-3
+    assert all(check["bound"] == 1e-4 and check["ok"] == (check["max_abs"] <= 1e-4) for check in logits)
 
 
 def test_a_wrong_tower_shows_in_the_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

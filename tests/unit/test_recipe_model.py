@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "bundled"
@@ -21,6 +22,7 @@ from stream import normalise  # noqa: E402
 from wordings import Turn  # noqa: E402
 
 import smolvlm_fms as sv  # noqa: E402
+from smolvlm_fms.cli import app  # noqa: E402
 from smolvlm_fms.cli.demo import ask  # noqa: E402
 from smolvlm_fms.fms_bridge.loading import load_model  # noqa: E402
 from smolvlm_fms.training import IGNORE  # noqa: E402
@@ -74,6 +76,16 @@ def test_it_sees(model: Any, writer: conversations.Writer, skill: str) -> None:
         blind += right(model, writer, torch.full_like(pixels, 128), turn, sample.is_video)
     assert asked == 40
     assert seen >= blind + 0.2 * asked, f"{seen} of {asked} right, {blind} with a grey picture: it guesses"
+
+
+def test_the_committed_results_are_this_models() -> None:
+    """The scores that RESULTS.json, the card and the README state, asked again in two whole tests."""
+    committed = json.loads((RECIPE / "RESULTS.json").read_text())["skills"]
+    done = CliRunner().invoke(app, ["eval", "demo", "--skills", "shapes,flags_unseen_set", "--no-blank", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])["skills"]
+    for name in ("shapes", "flags_unseen_set"):
+        assert found[name]["score"] == pytest.approx(committed[name]["score"], abs=0.03)
 
 
 def test_the_bundled_pictures_get_their_answers() -> None:
