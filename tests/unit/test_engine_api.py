@@ -313,6 +313,35 @@ def test_containers_limits_are_obeyed(tmp_path: Path) -> None:
     assert available_memory(tmp_path) > 600000
 
 
+def group(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_limits_of_the_own_group_and_of_those_around_it_are_obeyed(tmp_path: Path) -> None:
+    """A systemd service, and a container that shares its host's groups, are not at the root of what is mounted."""
+    free, member, root = cpu_count(tmp_path / "none", tmp_path / "no"), tmp_path / "member", tmp_path / "v2"
+    group(root / "system.slice" / "vlm.service", cpu__max="max 100000", memory__max="max")
+    (root / "system.slice" / "cpu.max").write_text("100000 100000\n")
+    (root / "system.slice" / "memory.max").write_text("5000\n")
+    group(root / "other", cpu__max="1000 100000", memory__max="1")
+    member.write_text("0::/system.slice/vlm.service\n")
+    assert cpu_count(root, member) == 1
+    assert available_memory(root, membership=member) == 5000
+    member.write_text("0::/\n")
+    assert cpu_count(root, member) == free
+    assert available_memory(root, membership=member) > 5000
+    older = tmp_path / "v1"
+    group(older / "cpu,cpuacct" / "docker" / "a1", **{"cpu__cfs_quota_us": "50000", "cpu__cfs_period_us": "100000"})
+    group(older / "memory" / "docker" / "a1", memory__limit_in_bytes="9000", memory__usage_in_bytes="1000")
+    member.write_text("12:pids:/docker/a1\n4:cpu,cpuacct:/docker/a1\n3:memory:/docker/a1\n")
+    assert cpu_count(older, member) == 1
+    assert available_memory(older, membership=member) == 8000
+    member.write_text("nonsense\n::\n")
+    assert cpu_count(older, member) == free
+
+
 def test_digests_are_of_content(tmp_path: Path) -> None:
     image = photo(0)
     buffer = io.BytesIO()

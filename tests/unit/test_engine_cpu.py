@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import smolvlm_fms as sv
 from smolvlm_fms.engine import cpu_runner, kernels
 from smolvlm_fms.engine.config import EngineConfig
 from smolvlm_fms.engine.cpu_runner import CpuRunner, FallbackRunner, pack_model, suits
@@ -204,3 +205,32 @@ def test_without_onednn_the_linear_still_answers(monkeypatch: pytest.MonkeyPatch
 
 def test_kinds_are_known() -> None:
     assert cpu_runner.QUANTIZED["int4"] == ("int4", "int8"), "the head decides between words: it keeps eight bits"
+
+
+def test_company_and_caches_change_no_bit_of_an_answer() -> None:
+    """The bundled model in bf16: questions alone, in a batch, in another order, and after each other on what the ones
+    before left in the caches. Prompts are then cut into other chunks, and rows decoded in other batches."""
+    if not kernels.available():
+        pytest.skip("the kernels were not built here")
+    vlm = sv.load("demo", dtype="bfloat16", engine=EngineConfig(prefill_chunk=37, max_sequences=5))
+    pictures = [sv.bundled("pictures") / name for name in ("flag.png", "emoji-1.png", "pair.png")]
+    questions = ["What is this?", "What is in the picture?", "How many are there? Count them one by one."]
+    requests: list[Any] = [(picture, question) for picture in pictures for question in questions]
+    requests += [(None, "Hello"), (pictures, "Compare them.")]
+
+    def forget() -> None:
+        vlm.engine.images.clear()
+        vlm.engine.space.clear_prefixes()
+
+    def ask(several: list[Any], first: bool = False) -> list[Any]:
+        if first:
+            forget()
+        answers = vlm.batch(several, max_tokens=10, ignore_eos=True, logprobs=1)
+        return [answer.logprobs for answer in answers]
+
+    alone = [ask([request], first=True)[0] for request in requests]
+    assert ask(requests, first=True) == alone
+    assert ask(requests[::-1], first=True)[::-1] == alone
+    kept = [ask([request])[0] for request in requests]
+    assert kept == alone
+    assert vlm.ask(*requests[1], max_tokens=1).usage.cached_tokens > 16

@@ -206,6 +206,25 @@ def test_pictures_are_encoded_tile_by_tile_and_once() -> None:
     assert machine.images.used == 400
 
 
+def test_both_caches_stay_within_their_bytes() -> None:
+    backend = CountingBackend(32 * BLOCK)
+    per_token = backend.kv_bytes_per_token
+    machine = engine(backend, prefix_bytes=4 * BLOCK * per_token + 1, image_cache_bytes=500)
+    options = GenerationOptions(max_tokens=2)
+    for number in range(12):
+        prompt = [1000 * number, *[9] * (40 + 10 * number), 2]
+        own = picture(b"%d" % number, range(1, 21), tiles=1 + number % 3)
+        answer(machine.submit(prompt, [own], options))
+        assert machine.space.prefix_tokens * per_token <= 4 * BLOCK * per_token
+        assert machine.images.used <= 500
+    assert machine.images.used > 250 and machine.space.prefix_tokens > 2 * BLOCK, "but they are used"
+    none = engine(CountingBackend(), prefix_bytes=0)
+    answer(none.submit(list(range(100)), options=options))
+    again = none.submit(list(range(100)), options=options)
+    answer(again)
+    assert (again.sequence.reused, none.space.prefix_tokens) == (0, 0)
+
+
 def test_a_picture_inside_the_reused_prefix_is_not_even_looked_up() -> None:
     backend = CountingBackend()
     machine = engine(backend, image_cache_bytes=0)

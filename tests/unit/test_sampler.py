@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from smolvlm_fms.engine.options import GenerationOptions
 from smolvlm_fms.engine.sampler import filtered_probabilities, reshape_logits, sample, uniform
 from smolvlm_fms.engine.sequence import Sequence, content_symbols
+from smolvlm_fms.errors import InputError
 
 
 def sequence(prompt: list[int], output: list[int], seed: int = 0, **options: Any) -> Sequence:
@@ -107,6 +108,19 @@ def test_draws_follow_the_distribution() -> None:
         counts[sample(logits, [sequence([0], [], seed, temperature=1.0)])[0].token] += 1
     for token, share in enumerate((1 / 8, 2 / 8, 5 / 8)):
         assert counts[token] / 2000 == pytest.approx(share, abs=0.04)
+
+
+def test_the_coldest_and_forbidden_tokens_leave_a_choice() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.5]])
+    for temperature in (1e-5, 1e-30, 1e-45, 5e-324):
+        assert sample(logits, [sequence([0], [], temperature=temperature)])[0].token == 1
+    drawn = {
+        sample(logits, [sequence([0], [], seed, temperature=2.0, logit_bias={1: -math.inf})])[0].token
+        for seed in range(60)
+    }
+    assert drawn == {0, 2, 3}
+    with pytest.raises(InputError, match="-inf forbids"):
+        GenerationOptions(logit_bias={0: math.inf})
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company() -> None:

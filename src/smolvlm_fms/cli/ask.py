@@ -18,6 +18,7 @@ from smolvlm_fms.cli.options import (
     MaxTokens,
     Model,
     Quantize,
+    QuantizeTower,
     Temperature,
     Threads,
     load,
@@ -51,6 +52,7 @@ def ask(
     device: Device = "cpu",
     threads: Threads = None,
     quantize: Quantize = None,
+    quantize_tower: QuantizeTower = None,
     json: Json = False,
 ) -> None:
     *media, question = inputs
@@ -58,7 +60,7 @@ def ask(
         raise InputError(
             f"The last argument is the question; {question!r} came. Write: smolvlm ask photo.jpg 'What is this?'"
         )
-    vlm = load(model, dtype, device, threads, quantize)
+    vlm = load(model, dtype, device, threads, quantize, quantize_tower)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,

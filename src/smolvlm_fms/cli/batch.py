@@ -20,6 +20,7 @@ from smolvlm_fms.cli.options import (
     MaxTokens,
     Model,
     Quantize,
+    QuantizeTower,
     Temperature,
     Threads,
     load,
@@ -47,6 +48,7 @@ def batch(
     device: Device = "cpu",
     threads: Threads = None,
     quantize: Quantize = None,
+    quantize_tower: QuantizeTower = None,
 ) -> None:
     from rich.progress import track
 
@@ -54,7 +56,7 @@ def batch(
     done = _finished(output)
     if done > len(questions):
         raise InputError(f"{output} has {done} answers to {len(questions)} questions; is it another file's?")
-    vlm = load(model, dtype, device, threads, quantize)
+    vlm = load(model, dtype, device, threads, quantize, quantize_tower)
     options = {"detail": detail, "max_tokens": max_tokens, "temperature": temperature}
     failed = 0
     with output.open("a", encoding="utf-8") as sink:

@@ -15,6 +15,7 @@ from smolvlm_fms.cli.options import (
     MaxTokens,
     Model,
     Quantize,
+    QuantizeTower,
     Temperature,
     Threads,
     load,
@@ -39,8 +40,9 @@ def chat(
     device: Device = "cpu",
     threads: Threads = None,
     quantize: Quantize = None,
+    quantize_tower: QuantizeTower = None,
 ) -> None:
-    vlm = load(model, dtype, device, threads, quantize)
+    vlm = load(model, dtype, device, threads, quantize, quantize_tower)
     watched = sys.stdin.isatty()
     if watched:
         typer.echo(HELP, err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from smolvlm_fms.cli.options import Detail, Device, Dtype, Json, Quantize, Threads, load
+from smolvlm_fms.cli.options import Detail, Device, Dtype, Json, Quantize, QuantizeTower, Threads, load
 
 if TYPE_CHECKING:
     from smolvlm_fms.evaluation.journal import Journal
@@ -31,6 +31,7 @@ def evaluate(
     device: Device = "cpu",
     threads: Threads = None,
     quantize: Quantize = None,
+    quantize_tower: QuantizeTower = None,
     json: Json = False,
 ) -> None:
     from rich.console import Console
@@ -42,8 +43,9 @@ def evaluate(
 
     names = [name.strip() for name in skills.split(",") if name.strip()] if skills is not None else None
     suites = [suite.first(limit) for suite in find_suites(data, names)]
-    journal = _journal(save, model, {"detail": detail, "dtype": dtype, "quantize": quantize})
-    vlm = load(model, dtype, device, threads, quantize)
+    tower = {"quantize_tower": quantize_tower} if quantize_tower else {}
+    journal = _journal(save, model, {"detail": detail, "dtype": dtype, "quantize": quantize, **tower})
+    vlm = load(model, dtype, device, threads, quantize, quantize_tower)
     errors = Console(stderr=True)
     outcomes = []
     try:

@@ -12,14 +12,16 @@ from smolvlm_fms.errors import InputError
 
 __all__ = ["GenerationOptions"]
 
+COLDEST = 1e-5
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
     """How tokens are chosen and when to stop.
 
     max_tokens: at most so many tokens are generated (fewer where the context ends earlier).
-    temperature: 0 is greedy. top_k (0: off), top_p (1: off) and min_p (0: off) thin out the choice, in this order,
-        after the temperature, as transformers does.
+    temperature: 0 is greedy, and so is less than 1e-5, by which logits in fp32 cannot be divided. top_k (0: off), top_p
+        (1: off) and min_p (0: off) thin out the choice, in this order, after the temperature, as transformers does.
     repetition_penalty: as in transformers (CTRL), over prompt and answer. presence_penalty, frequency_penalty: as in
         OpenAI's API, over the answer.
     seed: the same seed gives the same answer, whatever else runs in the batch. None draws one.
@@ -66,15 +68,18 @@ class GenerationOptions:
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**64 - 1)
         for token, value in self.logit_bias.items():
-            if token < 0 or math.isnan(value):
-                raise InputError(f"logit_bias has {token}: {value}; token ids are not negative, biases are numbers.")
+            if token < 0 or math.isnan(value) or value == math.inf:
+                raise InputError(
+                    f"logit_bias has {token}: {value}; token ids are not negative, biases are numbers (-inf forbids "
+                    "a token, 1000 is as good as inf)."
+                )
         if any(not isinstance(token, int) or token < 0 for token in self.stop_token_ids):
             raise InputError(f"stop_token_ids are token ids (whole numbers); {self.stop_token_ids!r} came.")
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+        return self.temperature < COLDEST
 
     @property
     def reshapes(self) -> bool:

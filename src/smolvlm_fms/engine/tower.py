@@ -42,7 +42,7 @@ def full_attention(qkv_T3HD: Tensor, key_mask_T: Tensor | None, scale: float) ->
 
 
 def _layer_norm(x: Tensor, norm: Any) -> Tensor:
-    if kernels.available():
+    if norm.native:
         return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
@@ -173,6 +173,7 @@ class _Norm:
     """A LayerNorm's numbers, in fp32 for our kernels and in bf16 for torch's."""
 
     def __init__(self, norm: torch.nn.LayerNorm) -> None:
-        dtype = torch.float32 if kernels.available() else torch.bfloat16
+        self.native = kernels.available()  # asked now: torch.compile cannot look at files
+        dtype = torch.float32 if self.native else torch.bfloat16
         self.weight, self.bias = norm.weight.detach().to(dtype), norm.bias.detach().to(dtype)
         self.eps, self.normalized_shape = norm.eps, list(norm.normalized_shape)

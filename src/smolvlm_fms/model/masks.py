@@ -36,7 +36,9 @@ def attention_arguments(attention_mask_BS: Tensor | None, length: int, past: int
         if not torch.compiler.is_compiling() and bool(attention_mask_BS.all()):
             attention_mask_BS = None
     if attention_mask_BS is None and (past == 0 or length == 1):
-        return {"is_causal_mask": length > 1}
+        if length > 1:  # a branch, not the comparison: compiled with dynamic shapes that would be no plain bool
+            return {"is_causal_mask": True}
+        return {"is_causal_mask": False}
     query_T1 = torch.arange(past, total, device=device)[:, None]
     key_S = torch.arange(total, device=device)
     causal_TS = key_S <= query_T1
