@@ -56,9 +56,9 @@ def test_it_learns_to_name_colours_and_says_so(tmp_path: Path) -> None:
     assert len(shown) == 12 and all(one["said"] == one["wanted"] for one in shown)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, precision: str) -> None:
-    changes: dict[str, Any] = {"precision": precision, "accumulate": 2, "optim": {"lr": 3e-3, "ema": 0.9}}
+@pytest.mark.parametrize(("precision", "kind"), [("float32", "adamw"), ("bfloat16", "adamw"), ("float32", "muon")])
+def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, precision: str, kind: str) -> None:
+    changes: dict[str, Any] = {"precision": precision, "accumulate": 2, "optim": {"kind": kind, "lr": 3e-3, "ema": 0.9}}
     whole = Trainer(config_for(tmp_path / "whole", **changes), tiny_model(), batches())
     whole.run()
     part = Trainer(config_for(tmp_path / "part", **changes), tiny_model(), batches())
@@ -110,6 +110,24 @@ def test_parts_are_frozen_and_have_their_own_rates(tmp_path: Path) -> None:
     decays = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
     assert decays[id(model.text_model.base_model.embedding.weight)] == 0
     assert decays[id(model.connector.proj.weight)] > 0
+
+
+def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> None:
+    model = tiny_model()
+    trainer = Trainer(config_for(tmp_path, steps=60, optim={"kind": "muon", "lr": 5e-3}), model, batches())
+    trainer.run()
+    assert losses(tmp_path)[60] < 0.1 * losses(tmp_path)[1]
+    remembered = {name: set(trainer.optimizer.state[p]) for name, p in model.named_parameters()}
+    assert remembered["text_model.base_model.layers.0.attn.dense.weight"] == {"momentum_buffer"}
+    assert remembered["vision_tower.layers.0.mlp.w1.weight"] == {"momentum_buffer"}
+    for name in ("connector.proj.weight", "text_model.base_model.embedding.weight", "vision_tower.layers.0.ln1.weight"):
+        assert remembered[name] == {"step", "exp_avg", "exp_avg_sq"}, name
+
+
+def test_a_run_may_go_on_with_the_other_optimizer(tmp_path: Path) -> None:
+    for steps, kind in ((4, "muon"), (8, "adamw"), (12, "muon")):
+        Trainer(config_for(tmp_path, steps=steps, optim={"kind": kind, "lr": 3e-3}), tiny_model(), batches()).run()
+    assert losses(tmp_path).keys() == set(range(1, 13))
 
 
 def test_a_frozen_part_that_changed_is_noticed(tmp_path: Path) -> None:

@@ -30,8 +30,10 @@ class PartConfig(_Strict):
 
 
 class OptimConfig(_Strict):
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
+    kind: ``adamw``, or ``muon`` (torch's) for the matrices of the blocks beside AdamW for everything else, at the same
+    learning rate (arXiv 2502.16982): fewer steps for a model that is trained from little; not for sharded runs.
     warmup: steps (≥ 1) or a fraction of all steps (< 1). schedule: ``cosine`` falls from the end of the warm-up to the
     end; ``wsd`` stays and falls linearly over the last ``decay`` fraction of the steps (arXiv 2404.06395);
     ``constant`` stays. min_lr: where the fall ends, as a fraction of the learning rate. clip: largest norm of the
@@ -39,6 +41,7 @@ class OptimConfig(_Strict):
     evaluation and ``final/`` then use (None: off).
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)

@@ -9,11 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from smolvlm_fms.errors import TrainingError
+from smolvlm_fms.errors import ConfigurationError, TrainingError
 from smolvlm_fms.training.config import OptimConfig, PartConfig, TrainConfig
 from smolvlm_fms.training.tensor import by_mesh
 
-__all__ = ["PARTS", "Average", "build_optimizer", "freeze", "part_of", "rate_at", "set_rate", "trainable"]
+__all__ = [
+    "PARTS",
+    "Average",
+    "Optimizer",
+    "build_optimizer",
+    "freeze",
+    "moments",
+    "part_of",
+    "rate_at",
+    "set_rate",
+    "trainable",
+]
 
 PARTS = {
     "vision_tower.": "tower", "connector.": "connector", "projector.": "connector", "image_newline": "connector",
@@ -45,24 +56,63 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each part, kind of decay and mesh; norms, biases and embeddings do not decay."""
+class MuonWithAdamW:
+    """Muon for some parameters and AdamW for the others, in the shape of one optimizer: groups, state, step."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.both: tuple[torch.optim.Optimizer, ...] = muon, adamw
+        self.matrices = {id(parameter) for group in muon.param_groups for parameter in group["params"]}
+        self.param_groups = [*muon.param_groups, *adamw.param_groups]
+        self.state = muon.state = adamw.state
+
+    def step(self) -> None:
+        for one in self.both:
+            one.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for one in self.both:
+            one.zero_grad(set_to_none)
+
+
+Optimizer = torch.optim.AdamW | MuonWithAdamW
+
+
+def moments(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Names of what the optimizer remembers of a parameter."""
+    if isinstance(optimizer, MuonWithAdamW) and id(parameter) in optimizer.matrices:
+        return ("momentum_buffer",)
+    return ("step", "exp_avg", "exp_avg_sq")
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Groups for each part, kind of decay and mesh; norms, biases and embeddings do not decay.
+
+    Raises ConfigurationError for Muon where weights are sharded.
+    """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    groups: dict[tuple[str, bool, Any], list[Tensor]] = {}
+    groups: dict[tuple[str, bool, bool, Any], list[Tensor]] = {}
     for name, parameter in trainable(model).items():
         decays = parameter.ndim >= 2 and id(parameter) not in tables
+        turned = config.optim.kind == "muon" and parameter.ndim == 2 and ".layers." in name and "lora" not in name
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-        groups.setdefault((part_of(name), decays, mesh), []).append(parameter)
+        if turned and mesh is not None:
+            raise ConfigurationError("optim.kind is muon, which needs whole matrices; sharded runs take adamw.")
+        groups.setdefault((part_of(name), decays, turned, mesh), []).append(parameter)
     optim = config.optim
-    built: list[dict[str, Any]] = []
-    for (part, decays, _), parameters in groups.items():
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for (part, decays, turned, _), parameters in groups.items():
         settings: PartConfig = getattr(config, part)
         decay = optim.weight_decay if settings.weight_decay is None else settings.weight_decay
         rate = optim.lr if settings.lr is None else settings.lr
-        built.append({
+        (matrices if turned else others).append({
             "params": parameters, "part": part, "base_lr": rate, "lr": rate, "weight_decay": decay if decays else 0.0,
         })  # fmt: skip
-    return torch.optim.AdamW(built, betas=optim.betas, eps=optim.eps, fused=True)
+    if not matrices:
+        return torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True)
+    # "match_rms_adamw": steps as large as AdamW's, so that its learning rates serve both.
+    muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")
+    return MuonWithAdamW(muon, torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True))
 
 
 def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
@@ -78,7 +128,7 @@ def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
     return optim.min_lr + (1 - optim.min_lr) * fall
 
 
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+def set_rate(optimizer: Optimizer, factor: float) -> dict[str, float]:
     """Apply the schedule's factor to every group; returns each part's learning rate."""
     rates = {}
     for group in optimizer.param_groups:

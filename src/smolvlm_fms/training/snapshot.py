@@ -20,12 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from smolvlm_fms.errors import TrainingError
 from smolvlm_fms.training.checkpoint import CheckpointFolder
-from smolvlm_fms.training.optimizer import Average, trainable
+from smolvlm_fms.training.optimizer import Average, Optimizer, moments, trainable
 from smolvlm_fms.training.parallel import Group
 
 __all__ = ["Snapshot"]
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class Snapshot:
@@ -35,7 +33,7 @@ class Snapshot:
         self,
         folder: CheckpointFolder,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         average: Average | None,
         group: Group,
         asynchronous: bool = False,
@@ -95,10 +93,11 @@ class Snapshot:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 _put(parameter, tensors[f"weights/{name}"])
-                moments = {m: tensors[f"{m}/{name}"] for m in MOMENTS if f"{m}/{name}" in tensors}
-                if moments:
+                wanted = moments(self.optimizer, parameter)
+                found = {m: tensors[f"{m}/{name}"] for m in wanted if f"{m}/{name}" in tensors}
+                if found:
                     self.optimizer.state[parameter] = {
-                        m: t if m == "step" else _put(torch.empty_like(parameter), t) for m, t in moments.items()
+                        m: t if m == "step" else _put(torch.empty_like(parameter), t) for m, t in found.items()
                     }
                 if self.average is not None and f"average/{name}" in tensors:
                     _put(self.average.weights[name], tensors[f"average/{name}"])
@@ -116,7 +115,8 @@ class Snapshot:
         for name, parameter in self.parameters.items():
             tensors[f"weights/{name}"] = parameter.detach()
             state = self.optimizer.state.get(parameter) or {}
-            tensors |= {f"{moment}/{name}": state[moment] for moment in MOMENTS if moment in state}
+            kept = (moment for moment in moments(self.optimizer, parameter) if moment in state)
+            tensors |= {f"{moment}/{name}": state[moment] for moment in kept}
         if self.average is not None:
             tensors |= {f"average/{name}": weight for name, weight in self.average.weights.items()}
         return tensors
