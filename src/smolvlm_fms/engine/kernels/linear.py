@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from smolvlm_fms.engine.kernels import loader, packing
+from smolvlm_fms.engine.kernels import loader, memory, packing
 from smolvlm_fms.engine.kernels.registry import operator, require_bf16
 from smolvlm_fms.errors import ConfigurationError, InputError
 from smolvlm_fms.model.grouped import GroupedWeight
@@ -272,7 +272,7 @@ def _pack_bf16(parts: list[Tensor], swiglu: bool) -> Tensor:
     if swiglu:
         rows_N = packing.interleave_gate_up(torch.from_numpy(rows_N)).numpy()
     rows_N = np.ascontiguousarray(np.pad(rows_N, (0, -len(rows_N) % packing.PANEL)))
-    packed = torch.empty((len(rows_N) // packing.PANEL, -(-width // 2), packing.PANEL), dtype=torch.int32)
+    packed = memory.empty((len(rows_N) // packing.PANEL, -(-width // 2), packing.PANEL), torch.int32)
     status = loader.library().svk_pack_bf16(
         rows_N.ctypes.data, len(rows_N), width, packed.data_ptr(), torch.get_num_threads()
     )

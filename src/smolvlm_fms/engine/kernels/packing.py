@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smolvlm_fms.engine.kernels import memory
+
 PANEL = 64  # outputs side by side
 HALF_PANEL = 32  # gate outputs, then as many up outputs, in a SwiGLU panel
 GROUP = 32  # inputs that share a scale
@@ -36,7 +38,8 @@ def pad_to(tensor: Tensor, dim: int, multiple: int) -> Tensor:
 
 def _panels(rows_NW: Tensor) -> Tensor:
     """(64 P, W) -> (P, W, 64): the same word of 64 outputs side by side."""
-    return rows_NW.view(-1, PANEL, rows_NW.shape[1]).transpose(1, 2).contiguous()
+    panels = rows_NW.view(-1, PANEL, rows_NW.shape[1]).transpose(1, 2)
+    return memory.empty(tuple(panels.shape), panels.dtype).copy_(panels)
 
 
 def pack_bf16(weight_NK: Tensor) -> Tensor:
