@@ -27,6 +27,8 @@ def reference(weight: Tensor, bias: Tensor | None, x: Tensor, activation: str) -
         y = y + bias.double()
     if activation == "gelu_tanh":
         return torch.nn.functional.gelu(y, approximate="tanh")
+    if activation == "quick_gelu":
+        return y * torch.sigmoid(1.702 * y)
     if activation == "swiglu":
         gate, up = y.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
@@ -51,7 +53,7 @@ TOLERANCE = {"bf16": 0.02, "int8": 0.02, "int4": 0.02, "int8_channel": 0.08}
 
 @pytest.mark.parametrize("isa", runnable_isas())
 @pytest.mark.parametrize("kind", ["bf16", "int8_channel", "int8", "int4"])
-@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "swiglu"])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "quick_gelu", "swiglu"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (130, 70), (34, 33), (322, 192)])
 def test_close_to_fp64_for_1_to_33_rows(isa: str, kind: str, activation: str, outputs: int, inputs: int) -> None:
     generator = torch.Generator().manual_seed(outputs + inputs)
@@ -67,6 +69,23 @@ def test_close_to_fp64_for_1_to_33_rows(isa: str, kind: str, activation: str, ou
             got = linear(x, residual=residual, scale=0.5)
             assert got.shape == want.shape
             assert (got.double() - want).abs().max() < TOLERANCE[kind] * want.std()
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("activation", ["gelu_tanh", "quick_gelu", "swiglu"])
+def test_activations_hold_over_their_whole_range(isa: str, activation: str) -> None:
+    """An identity as the weight: what comes out is the function of what goes in, in fp32."""
+    eye = torch.eye(64)
+    linear = kernels.PackedLinear([eye, eye] if activation == "swiglu" else eye, activation=activation)
+    curve = torch.cat((torch.linspace(-30, 30, 58), torch.tensor([-1e4, 1e4, -88.5, 0.0, 1e-40, 150.0]))).bfloat16()
+    x = curve.expand(7, 64).clone()
+    x[1, 2], x[2, 3] = torch.nan, torch.inf
+    with kernels.use_isa(isa):
+        got = linear(x, fp32_out=True).double()
+    want = reference(torch.cat([eye, eye]) if activation == "swiglu" else eye, None, curve[None], activation)[0]
+    for row in (0, 3, 6):
+        assert torch.all((got[row] - want).abs() <= 2e-5 * want.abs() + 1e-14)  # 1 + tanh is no more exact
+    assert not got[1].isfinite().any() and not got[2].isfinite().any()  # infinity times the identity's zeros
 
 
 @pytest.mark.parametrize("isa", runnable_isas())

@@ -4,8 +4,6 @@
 
 namespace SVK_ISA {
 
-constexpr float LOG2_E = 1.44269504f;
-
 // Sizes of the packed keys and values of one head (svk.h has the layout), in 32-bit words.
 SVK_INLINE long padded_d(long d) { return round_up(d, 16); }
 SVK_INLINE long key_words(long tokens, long d) { return round_up(tokens, PANEL) * (d / 2); }

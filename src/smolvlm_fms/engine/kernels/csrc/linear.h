@@ -161,6 +161,51 @@ struct Epilogue {
   long stride = 0;
   long outputs = 0;  // columns of `out`
 
+  int width() const { return activation == SVK_SWIGLU ? PANEL / 2 : PANEL; }  // columns of `out` from one panel
+
+  // Asks for the lines that rows [m0, m0 + rows) of panel p go to, while their sums are still computed: memory that was
+  // not at hand held every tile up for as long as a tenth of its products take.
+  void expect(long m0, int rows, long p) const {
+    const long size = out_f32 ? 4 : 2;
+    const char* first = (out_f32 ? (const char*)out_f32 : (const char*)out) + (m0 * stride + p * width()) * size;
+    const long bytes = lmin(width(), outputs - p * width()) * size;
+    for (int m = 0; m < rows; m++)
+      for (long i = 0; i < bytes; i += 64) prefetch_to_write(first + m * stride * size + i);
+  }
+
+  // 32 neighbouring columns that all exist.
+  void put_two(vf x, vf y, long at) const {
+    if (scale != 1.0f) x = mul(x, splat(scale)), y = mul(y, splat(scale));
+    if (residual) x = add(x, load_bf16(residual + at)), y = add(y, load_bf16(residual + at + 16));
+    if (!out_f32) return store_bf16_two(out + at, x, y);
+    if (accumulate) x = add(x, load(out_f32 + at)), y = add(y, load(out_f32 + at + 16));
+    store(out_f32 + at, x), store(out_f32 + at + 16, y);
+  }
+
+  // `finish` for a whole panel without padding.
+  template <class Activation>
+  void finish_whole(const float* sums, long m0, int rows, long p, Activation&& activate) const {
+    vf shift[4];  // -0 + x is x, whatever its sign
+    for (int n = 0; n < 4; n++) shift[n] = bias ? load(bias + p * PANEL + n * 16) : splat(-0.0f);
+    for (int m = 0; m < rows; m++) {
+      vf x[4];
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; n++) x[n] = activate(add(load(sums + m * PANEL + n * 16), shift[n]));
+      const long at = (m0 + m) * stride + p * PANEL;
+      put_two(x[0], x[1], at), put_two(x[2], x[3], at + 32);
+    }
+  }
+
+  void finish_swiglu(const float* sums, long m0, int rows, long p) const {
+    vf shift[4];
+    for (int n = 0; n < 4; n++) shift[n] = bias ? load(bias + p * PANEL + n * 16) : splat(-0.0f);
+    for (int m = 0; m < rows; m++) {
+      vf x[4];
+      for (int n = 0; n < 4; n++) x[n] = add(load(sums + m * PANEL + n * 16), shift[n]);
+      put_two(mul(silu(x[0]), x[2]), mul(silu(x[1]), x[3]), (m0 + m) * stride + p * (PANEL / 2));
+    }
+  }
+
   void put(vf x, long m, long column) const {
     long left = outputs - column, at = m * stride + column;
     if (left <= 0) return;
@@ -172,6 +217,12 @@ struct Epilogue {
 
   // sums [rows][64] of panel p, columns [first, first + count) * 16; SwiGLU needs the whole panel.
   void finish(float* sums, long m0, int rows, long p, int first, int count) const {
+    if (count == 4 && (p + 1) * width() <= outputs) {
+      if (activation == SVK_SWIGLU) return finish_swiglu(sums, m0, rows, p);
+      if (activation == SVK_GELU_TANH) return finish_whole(sums, m0, rows, p, gelu_tanh);
+      if (activation == SVK_QUICK_GELU) return finish_whole(sums, m0, rows, p, quick_gelu);
+      return finish_whole(sums, m0, rows, p, [](vf x) { return x; });
+    }
     for (int m = 0; m < rows; m++) {
       vf x[4];
       for (int n = first; n < first + count; n++) {
@@ -199,6 +250,7 @@ static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, 
   for (long m = rows.begin; m < rows.end; m += step) {
     int live = (int)lmin(step, rows.end - m);
     alignas(64) float sums[TILE_ROWS * PANEL];
+    e.expect(m, live, p);
     with_rows<TILE_ROWS>(live, [&](auto m_const) {
       panel_any<decltype(m_const)::value>(w, p, a, m, first, count, sums);
     });

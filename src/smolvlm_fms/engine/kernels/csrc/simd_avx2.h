@@ -92,16 +92,16 @@ SVK_INLINE void store_low_bytes(int8_t* p, vi x) {
   for (int i = 0; i < 16; i++) p[i] = (int8_t)lanes[i];
 }
 
-SVK_INLINE vf nearest(vf x) {
-  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+SVK_INLINE vf whole_part(vf x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
+// x - floor(x)
+SVK_INLINE vf fraction(vf x) { return sub(x, whole_part(x)); }
+// a * 2^floor(x) for x in [-126, 128]; the exponent is added to, so that only normal results are right.
+SVK_INLINE vf times_exp2_floor(vf a, vf x) {
+  vi e = shift_left<23>(to_int(whole_part(x)));
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.a), e.a)),
+          _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.b), e.b))};
 }
-// The exponent is added to: only for results that are normal numbers.
-SVK_INLINE vf times_power_of_two(vf x, vf integer) {
-  vi e = shift_left<23>(to_int(integer));
-  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.a), e.a)),
-          _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x.b), e.b))};
-}
+SVK_INLINE vf quotient(vf a, vf d) { return div(a, d); }
 
 SVK_INLINE __m256 widen_half(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
 SVK_INLINE vf load_bf16(const uint16_t* p) {
@@ -171,6 +171,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
 }
 
 SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+SVK_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 
 }  // namespace SVK_ISA

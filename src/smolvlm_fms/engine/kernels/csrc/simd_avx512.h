@@ -69,8 +69,15 @@ SVK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 SVK_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }  // nearest, ties to even
 SVK_INLINE void store_low_bytes(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 
-SVK_INLINE vf nearest(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-SVK_INLINE vf times_power_of_two(vf a, vf integer) { return _mm512_scalef_ps(a, integer); }
+// x - floor(x); infinity: 0.
+SVK_INLINE vf fraction(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+// a * 2^floor(x), down to zero and up to infinity.
+SVK_INLINE vf times_exp2_floor(vf a, vf x) { return _mm512_scalef_ps(a, x); }
+// a / d for d in [1, 2^126], to 2^-22: a division holds the multipliers up for ten times as long.
+SVK_INLINE vf quotient(vf a, vf d) {
+  vf r = _mm512_rcp14_ps(d);
+  return mul(a, fmadd(r, _mm512_fnmadd_ps(d, r, splat(1.0f)), r));
+}
 
 SVK_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 SVK_INLINE vf load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
@@ -106,6 +113,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
 }
 
 SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+SVK_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" ::"m"(*(const char*)p)); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 
 }  // namespace SVK_ISA

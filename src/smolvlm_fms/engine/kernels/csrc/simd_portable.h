@@ -34,6 +34,7 @@ SVK_INLINE vf fmadd(vf a, vf b, vf c) { SVK_LANES c.v[i] += a.v[i] * b.v[i]; ret
 SVK_INLINE vf vmax(vf a, vf b) { SVK_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
 SVK_INLINE vf vmin(vf a, vf b) { SVK_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 SVK_INLINE vf vabs(vf a) { SVK_LANES a.v[i] = fabsf(a.v[i]); return a; }
+SVK_INLINE vf quotient(vf a, vf d) { return div(a, d); }
 SVK_INLINE float sum_lanes(vf a) { float s = 0; SVK_LANES s += a.v[i]; return s; }
 SVK_INLINE float max_lanes(vf a) { float m = a.v[0]; SVK_LANES m = a.v[i] > m ? a.v[i] : m; return m; }
 SVK_INLINE vf keep_first(vf a, long n, vf other) { SVK_LANES a.v[i] = i < n ? a.v[i] : other.v[i]; return a; }
@@ -62,9 +63,12 @@ SVK_INLINE vi to_int(vf a) {
 SVK_INLINE void store_low_bytes(int8_t* p, vi a) { SVK_LANES p[i] = (int8_t)a.v[i]; }
 SVK_INLINE float bits_to_float(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
 SVK_INLINE uint32_t float_to_bits(float f) { uint32_t b; memcpy(&b, &f, 4); return b; }
-// The exponent is added to: only for results that are normal numbers.
-SVK_INLINE vf times_power_of_two(vf a, vf integer) {
-  vi e = to_int(integer);
+// x - floor(x)
+SVK_INLINE vf fraction(vf x) { SVK_LANES x.v[i] -= floorf(x.v[i]); return x; }
+// a * 2^floor(x) for x in [-126, 128]; the exponent is added to, so that only normal results are right.
+SVK_INLINE vf times_exp2_floor(vf a, vf x) {
+  SVK_LANES x.v[i] = floorf(x.v[i]);
+  vi e = to_int(x);
   SVK_LANES a.v[i] = bits_to_float(float_to_bits(a.v[i]) + ((uint32_t)e.v[i] << 23));
   return a;
 }
@@ -115,6 +119,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
 }
 
 SVK_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+SVK_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 #if defined(__x86_64__)
 SVK_INLINE void pause_core() { __builtin_ia32_pause(); }
 #elif defined(__aarch64__)
