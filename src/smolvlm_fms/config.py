@@ -25,6 +25,9 @@ ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "relu", "silu", "quick_gelu")
 
 ROPE_TYPES = ("default", "llama3")
 
+TEXT_CLASSES = {"llama": "LlamaForCausalLM", "granite": "GraniteForCausalLM", "mistral": "MistralForCausalLM"}
+"""What configurations call the text model's class; converters (llama.cpp's) choose by it."""
+
 # Where transformers' configuration classes have other defaults than LlamaConfig.
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "granite": {"attention_multiplier": 1.0},
@@ -163,7 +166,7 @@ class TextConfig(BaseConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self) -> None:
-        if self.model_type not in ("llama", "granite", "mistral"):
+        if self.model_type not in TEXT_CLASSES:
             raise ConfigurationError(
                 f"text_config.model_type {self.model_type!r} is not supported; llama, granite and mistral are."
             )
@@ -214,7 +217,7 @@ class TextConfig(BaseConfig):
 
     def to_hf(self) -> dict[str, Any]:
         """Return a ``text_config`` that transformers 4.57 and 5 both read."""
-        values = self.as_dict()
+        values = {"architectures": [TEXT_CLASSES[self.model_type]], **self.as_dict()}
         if self.model_type != "granite":
             for name in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"):
                 del values[name]
@@ -329,6 +332,7 @@ class SmolVLMConfig(BaseConfig):
     def to_hf(self) -> dict[str, Any]:
         """Return the ``config.json`` of a Hugging Face checkpoint (transformers 4.57 and 5)."""
         names = {"smolvlm": "SmolVLMForConditionalGeneration", "idefics3": "Idefics3ForConditionalGeneration"}
+        renamed = {"architectures": ["VLlama3ForCausalLM"]} if self.text.model_type == "llama" else {}  # as released
         values: dict[str, Any] = {
             "architectures": [names[self.model_type]],
             "model_type": self.model_type,
@@ -336,7 +340,7 @@ class SmolVLMConfig(BaseConfig):
             "scale_factor": self.scale_factor,
             "tie_word_embeddings": self.tie_word_embeddings,
             "vocab_size": self.text.vocab_size,
-            "text_config": {**self.text.to_hf(), "tie_word_embeddings": self.tie_word_embeddings},
+            "text_config": {**self.text.to_hf(), **renamed, "tie_word_embeddings": self.tie_word_embeddings},
             "vision_config": self.vision.to_hf(self.model_type),
         }
         if self.pad_token_id is not None:

@@ -43,6 +43,14 @@ def test_there_and_back(name: str) -> None:
     assert SmolVLMConfig.from_dict(PRESETS[name].as_dict()) == PRESETS[name]
 
 
+def test_the_text_models_class_is_named_as_in_released_files() -> None:
+    """llama.cpp's converter picks the text model by it."""
+    named = ["VLlama3ForCausalLM"]  # in the released 256M and 500M; the fixture leaves it out
+    assert SmolVLMConfig.from_hf(released("256m_instruct")).to_hf()["text_config"]["architectures"] == named
+    granite = TextConfig(model_type="granite", attention_multiplier=0.1)
+    assert granite.to_hf()["architectures"] == ["GraniteForCausalLM"]
+
+
 def test_saved_file_loads(tmp_path: Path) -> None:
     PRESETS["idefics3_8b_llama3"].save(tmp_path / "own.json")
     assert SmolVLMConfig.load(tmp_path / "own.json") == PRESETS["idefics3_8b_llama3"]

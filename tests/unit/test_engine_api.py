@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import smolvlm_fms as sv
-from smolvlm_fms.engine import kernels
+from smolvlm_fms.engine import kernels, prepare
 from smolvlm_fms.engine.cpu_runner import CpuRunner
 from smolvlm_fms.engine.machine import available_memory, cpu_count
 from smolvlm_fms.engine.prepare import content_digest
@@ -140,6 +140,26 @@ def test_a_picture_is_encoded_once(folder: Path, tmp_path: Path, monkeypatch: py
     assert len(calls) == 28, "pixels are made again where the features are gone"
 
 
+def test_waiting_pictures_hold_bounded_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures beyond the bound are cut again when their turn comes, with the same answers."""
+    pictures = [photo(seed) for seed in range(20, 28)]
+    plain = sv.load(folder, dtype=torch.float32)
+    expected = [answer.tokens for answer in plain.batch([(picture, "What?") for picture in pictures], **OPEN_END)]
+    assert plain.preparer._waiting.used == 0
+    tile = 3 * 32 * 32 * 4
+    monkeypatch.setattr(prepare, "WAITING_BYTES", 3 * 13 * tile)
+    vlm = sv.load(folder, dtype=torch.float32)
+    streams = [vlm.stream(picture, "What?", **OPEN_END) for picture in pictures]
+    assert vlm.preparer._waiting.used == 3 * 13 * tile
+    streams.pop().cancel()
+    assert [stream.finish().tokens for stream in streams] == expected[:-1]
+    assert vlm.preparer._waiting.used == 0
+    again = vlm.stream(photo(30), "What?", **OPEN_END)
+    assert vlm.preparer._waiting.used == 13 * tile
+    again.cancel()
+    assert vlm.preparer._waiting.used == 0, "a cancelled picture's pixels are gone"
+
+
 def test_detail_chooses_the_tiles(vlm: sv.VLM) -> None:
     tokens = {
         detail: vlm.ask(photo(9, 40, 30), "What?", detail=detail, **OPEN_END).usage.image_tokens
@@ -177,6 +197,20 @@ def test_videos_are_pictures_in_time(vlm: sv.VLM) -> None:
     assert answer.usage.prompt_tokens == batch["input_ids"].shape[1]
     with torch.no_grad():
         assert answer.tokens[0] == int(vlm.model(**batch)[0, -1].argmax())
+
+
+def test_frames_may_say_their_rate(vlm: sv.VLM) -> None:
+    def ask(**rate: float) -> sv.Answer:
+        frames = [photo(seed, 32, 32) for seed in range(3)]
+        part = {"type": "video", "video": frames, **rate}
+        return vlm.chat([{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}], **OPEN_END)
+
+    slow, plain = ask(fps=0.01), ask()
+    assert slow.tokens != plain.tokens, "another time in the prompt is another prompt, and no cache mixes them up"
+    assert ask(fps=24).tokens == plain.tokens and ask(fps=24).usage.prompt_tokens == plain.usage.prompt_tokens
+    assert ask(fps=0.01).tokens == slow.tokens
+    with pytest.raises(sv.PromptError, match="make a second"):
+        ask(fps=-1)
 
 
 def test_leaving_a_stream_early_frees_its_room(vlm: sv.VLM) -> None:
@@ -366,3 +400,13 @@ def test_loading_imports_neither_a_compiler_nor_transformers(folder: Path) -> No
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_masks_are_judged_rightly() -> None:
+    """Whether the last axes really repeat one number or only seem to."""
+    tiles = torch.tensor([[1, 1, 0]])[..., None, None]
+    assert not prepare._all_real(tiles.expand(-1, -1, 8, 8)) and prepare._all_real(tiles[:, :2].expand(-1, -1, 8, 8))
+    whole = torch.ones(1, 2, 8, 8, dtype=torch.long)
+    assert prepare._all_real(whole)
+    whole[0, 1, 7, 7] = 0
+    assert not prepare._all_real(whole)

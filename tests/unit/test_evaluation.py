@@ -228,6 +228,19 @@ def test_clips_are_frames_and_their_blanks_have_as_many(tmp_path: Path) -> None:
         assert [frame.size for frame in blank] == [frame.size for frame in shown]
 
 
+def test_clips_say_how_many_of_their_frames_make_a_second(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (16, 8), (level,) * 3) for level in (0, 90, 255)]
+    frames[0].save(tmp_path / "slow.gif", save_all=True, append_images=frames[1:], duration=[500, 1000, 1500])
+    ask = {"question": "Which way?", "answer": "up"}
+    rows = [{"video": "slow.gif"}, {"video": ["0.png", "80.png"]}, {"video": ["0.png", "80.png"], "fps": 3}]
+    suite = read_suite(write(tmp_path, "clips", *[{**row, **ask} for row in rows]) / "clips.jsonl")
+    for item, rate in zip(suite.items, (1.0, 24.0, 3), strict=True):
+        assert [filled(suite, item, None, blank=grey)[0]["content"][0]["fps"] for grey in (False, True)] == [rate] * 2
+    write(tmp_path, "bad", {"video": ["0.png", "80.png"], "fps": "many", **ask})
+    with pytest.raises(InputError, match="'many' came"):
+        read_suite(tmp_path / "bad.jsonl")
+
+
 def test_a_film_goes_to_the_checkpoint_as_a_file_and_its_blank_as_its_frames(tmp_path: Path) -> None:
     (tmp_path / "film.mp4").write_bytes(make_video(40))
     suite = read_suite(write(tmp_path, "films", {"video": "film.mp4", "question": "?", "answer": "a"}) / "films.jsonl")

@@ -118,6 +118,41 @@ def test_every_video_source_through_a_chat(processor: SmolVLMProcessor, tmp_path
     assert processor.apply_chat_template(frames, tokenize=True, return_dict=True)["pixel_values"][0].shape[0] == 3
 
 
+def test_frames_in_a_chat_may_say_their_rate(processor: SmolVLMProcessor, caplog: pytest.LogCaptureFixture) -> None:
+    """The prompt is that of a call with the same video_metadata, and nothing has to be assumed."""
+
+    def chat(*parts: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}]
+
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    said = chat({"type": "video", "video": CLIP, "fps": 0.5}, {"type": "video", "video": CLIP[:2], "fps": 30})
+    batch = processor.apply_chat_template(said, **how)
+    text = processor.decode(batch.input_ids[0])
+    assert [part[:5] for part in text.split("Frame from ")[1:]] == ["00:00", "00:02", "00:04", "00:00", "00:00"]
+    assert "of three frames from a 0:00:06 [H:MM:SS] video" in text
+    assert not caplog.records, "nothing is assumed"
+    known = [
+        {"total_num_frames": 3, "fps": 0.5, "duration": 6.0},
+        {"total_num_frames": 2, "fps": 30, "duration": 2 / 30},
+    ]
+    bare = chat({"type": "video", "video": CLIP}, {"type": "video", "video": CLIP[:2]})
+    again = processor.apply_chat_template(bare, processor_kwargs={"video_metadata": known}, **how)
+    assert torch.equal(again.input_ids, batch.input_ids)
+    one = processor.apply_chat_template([said, chat({"type": "text", "text": "Hi"})], padding=True, **how)
+    assert torch.equal(one.input_ids[0], batch.input_ids[0])
+    sampled = processor.apply_chat_template(
+        chat({"type": "video", "video": CLIP, "fps": 1}), processor_kwargs={"fps": 1, "num_frames": 2}, **how
+    )
+    assert sampled.pixel_values.shape[1] == 2
+    for wrong, message in (
+        ({"fps": 0}, "0 came"),
+        ({"fps": "2"}, "'2' came"),
+        ({"video": "a.mp4"}, "a file has its own"),
+    ):
+        with pytest.raises(PromptError, match=message):
+            processor.apply_chat_template(chat({"type": "video", "video": CLIP, "fps": 2} | wrong), **how)
+
+
 def test_every_picture_source_through_a_chat(processor: SmolVLMProcessor, tmp_path: Path) -> None:
     SMALL.save(tmp_path / "a.png")
     data = (tmp_path / "a.png").read_bytes()

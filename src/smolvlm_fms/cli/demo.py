@@ -59,7 +59,7 @@ def ask(vlm: VLM, folder: Path, item: dict[str, Any]) -> tuple[Answer, bool]:
         from PIL import Image
 
         frames = [Image.open(path).convert("RGB") for path in paths]
-        content = [{"type": "video", "video": frames}, {"type": "text", "text": item["question"]}]
+        content = [{"type": "video", "video": frames, "fps": 24}, {"type": "text", "text": item["question"]}]
         answer = vlm.chat([{"role": "user", "content": content}], max_tokens=24)
     else:
         answer = vlm.ask(paths, item["question"], max_tokens=24)

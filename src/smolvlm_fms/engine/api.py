@@ -18,7 +18,7 @@ from smolvlm_fms.engine.backend import Backend
 from smolvlm_fms.engine.checkpoint import GenerationDefaults, read_generation_defaults
 from smolvlm_fms.engine.config import BLOCK, EngineConfig
 from smolvlm_fms.engine.engine import Engine, Generation
-from smolvlm_fms.engine.machine import available_memory, cpu_count
+from smolvlm_fms.engine.machine import available_memory, cpu_count, give_back_memory
 from smolvlm_fms.engine.prepare import Preparer, Prompt
 from smolvlm_fms.engine.quantized import load_stored
 from smolvlm_fms.engine.runner import ModelRunner, kv_bytes_per_token
@@ -74,6 +74,7 @@ def load(
             model = load_model(folder, dtype=wanted, device=where, **loading)
         runner = _backend(model, config, lambda: reading.result()[1].banned, packed, quantize, quantize_tower)
         processor, defaults = reading.result()
+    give_back_memory()
     return VLM(model, processor, runner, defaults, config, name=str(name), load_s=time.perf_counter() - started)
 
 

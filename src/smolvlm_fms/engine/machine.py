@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import os
 from pathlib import Path
 
-__all__ = ["available_memory", "cpu_count"]
+__all__ = ["available_memory", "cpu_count", "give_back_memory"]
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
@@ -31,6 +33,13 @@ def available_memory(root: Path = CGROUP, meminfo: Path = Path("/proc/meminfo"),
             if bound is not None:
                 free = min(free, max(0, bound - (current or 0)))
     return free
+
+
+def give_back_memory() -> None:
+    """Have the C library return what it holds freed: after packing, some 40 MB that nobody would use again. Where it
+    has no such function (musl, macOS), nothing happens."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _groups(root: Path, membership: Path) -> list[Path]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import weakref
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import numpy as np
 from smolvlm_fms.engine.byte_cache import ByteCache
 from smolvlm_fms.engine.sequence import Picture
 from smolvlm_fms.errors import FetchError, ImageError, PromptError, TokenCountError, VideoError
-from smolvlm_fms.processing.chat import media_of
+from smolvlm_fms.processing.chat import media_of, metadata_of
 from smolvlm_fms.processing.chat_template import normalise_conversations
 from smolvlm_fms.processing.literal import LiteralText
 from smolvlm_fms.processing.prompt import check_counts, expand_placeholders
@@ -28,6 +30,8 @@ __all__ = ["Preparer", "Prompt", "content_digest"]
 
 REMEMBERED_GRIDS = 4096
 LONGEST_PATH = 4096
+WAITING_BYTES = 64 * 2**20
+"""Pixels that are kept for pictures whose turn at the tower has not come; a tile of 512 × 512 takes 3 MiB."""
 ORIENTATION = 0x0112
 """EXIF's tag: the same pixels turned are another picture."""
 
@@ -64,6 +68,7 @@ class Preparer:
         markup_is_control = not processor.keep_special_tokens
         self._literal = LiteralText(processor.tokenizer, processor.tokens, markup_is_control=markup_is_control)
         self._grids: ByteCache[tuple[str, int]] = ByteCache(REMEMBERED_GRIDS)
+        self._waiting = _Waiting(WAITING_BYTES)
 
     def chat(self, messages: SequenceOf[Mapping[str, Any]], detail: str | None = None) -> Prompt:
         """Prepare one conversation, in the chat format that transformers uses.
@@ -80,7 +85,8 @@ class Preparer:
         tokens = self.processor.tokens
         check_counts([text], [len(pictures)], len(videos), tokens)
         images = [self._image(source, detail) for source in pictures]
-        clips = [self._video(source) for source in videos]
+        (known,) = metadata_of(conversations)
+        clips = [self._video(source, metadata) for source, metadata in zip(videos, known, strict=True)]
         (expanded,), (places,) = expand_placeholders(
             [text], [tiles.text for tiles in images], [tiles.text for tiles in clips], tokens
         )
@@ -127,15 +133,17 @@ class Preparer:
 
         return self._tiles(key, process)
 
-    def _video(self, source: Any) -> _Tiles:
+    def _video(self, source: Any, metadata: Mapping[str, Any] | None) -> _Tiles:
         """Files are sampled as the checkpoint says, frames taken as they are, as in ``apply_chat_template``."""
         processor = self.processor.video_processor
         if processor is None:
             raise VideoError("This checkpoint was not trained on videos; use a SmolVLM2 checkpoint, or pass frames.")
         file = isinstance(source, str | os.PathLike | bytes) or hasattr(source, "read")
         sample = file and processor.fps is not None and processor.num_frames is not None
-        options = {"do_sample_frames": True} if sample else {}
-        key = content_digest(source, "video", processor)
+        options: dict[str, Any] = {"do_sample_frames": True} if sample else {}
+        if metadata is not None:
+            options["video_metadata"] = [metadata]
+        key = content_digest(source, "video", processor, metadata)
         return self._tiles(
             key, lambda: self._process(self.processor.tokens.video, videos=[source], videos_kwargs=options)
         )
@@ -160,7 +168,30 @@ class Preparer:
         text = batch["text_replacement_offsets"][0][0]["replacement"]
         pixels = _pixels(batch)
         self._grids.put(key, (text, len(pixels[0])), 1)
-        return _Tiles(key, text, len(pixels[0]), pixels)
+        return _Tiles(key, text, len(pixels[0]), pixels if self._waiting.keeps(pixels[0]) else _Lazy(process))
+
+
+class _Waiting:
+    """Counts the bytes of pixels between their making and the tower. Many requests may wait; their pixels may not."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._lock = threading.RLock()  # a collection of garbage may call ``_free`` inside ``keeps``
+
+    def keeps(self, pixels: Any) -> bool:
+        """Whether there is room for these; they count until the tensor is gone. One picture always has room."""
+        size = int(pixels.nbytes)
+        with self._lock:
+            if self.used and self.used + size > self.limit:
+                return False
+            self.used += size
+        weakref.finalize(pixels, self._free, size)
+        return True
+
+    def _free(self, size: int) -> None:
+        with self._lock:
+            self.used -= size
 
 
 class _Lazy:
@@ -181,7 +212,14 @@ def _pixels(batch: Mapping[str, Any]) -> tuple[Any, Any]:
     if "image_sizes" in batch:
         return batch["pixel_values"][0], tuple(batch["image_sizes"][0].tolist())
     mask = batch.get("pixel_attention_mask")
-    return batch["pixel_values"][0], None if mask is None or bool(mask.all()) else mask[0]
+    return batch["pixel_values"][0], None if mask is None or _all_real(mask) else mask[0]
+
+
+def _all_real(mask: Any) -> bool:
+    """Whether no number of a mask (…, H, W) is 0. Axes that repeat one number, as they do unless a picture was padded,
+    are looked at once: all of 17 tiles would take 15 ms."""
+    once = [slice(1) if stride == 0 else slice(None) for stride in mask.stride()]
+    return bool(mask[tuple(once)].all())
 
 
 def _content(source: Any) -> Any:

@@ -15,6 +15,8 @@ from smolvlm_fms.processing.video_decode import decode_video
 __all__ = ["filled"]
 
 GREY = (128, 128, 128)
+STATED_RATE = 24.0
+"""Frames a second of pictures in a row that say nothing of it: what processors assume, and training as well."""
 ANIMATIONS = ("GIF", "PNG", "WEBP")
 """Formats of moving pictures that Pillow reads, so that a clip of a few frames needs no video library."""
 
@@ -40,7 +42,8 @@ def _part(suite: Suite, part: dict[str, Any], processor: Any, blank: bool) -> di
         picture = _picture(suite, part["path"])
         return {"type": kind, kind: _grey(picture) if blank else picture}
     if kind == "video":
-        return {"type": kind, kind: _clip(suite, part["path"], processor, blank)}
+        clip, rate = _clip(suite, part["path"], processor, blank)
+        return {"type": kind, kind: clip} | ({"fps": part.get("fps", rate)} if isinstance(clip, list) else {})
     return part
 
 
@@ -56,35 +59,41 @@ def _grey(picture: Image.Image) -> Image.Image:
     return Image.new("RGB", picture.size, GREY)
 
 
-def _clip(suite: Suite, where: str | list[str], processor: Any, blank: bool) -> Any:
-    """A video as frames where it is made of pictures, else as the file that the checkpoint's processor samples."""
+def _clip(suite: Suite, where: str | list[str], processor: Any, blank: bool) -> tuple[Any, float]:
+    """A video as frames where it is made of pictures, else as the file that the checkpoint's processor samples; and
+    the rate of the frames."""
+    rate = STATED_RATE
     if isinstance(where, list):
         frames = [_picture(suite, name) for name in where]
     else:
         source = _source(suite, where)
         moving = _animation(source)
         if moving is None and not blank:
-            return source
-        frames = _sampled(source, processor) if moving is None else moving
-    return [_grey(frame) for frame in frames] if blank else frames
+            return source, rate
+        frames, rate = _sampled(source, processor) if moving is None else moving
+    return ([_grey(frame) for frame in frames] if blank else frames), rate
 
 
-def _animation(source: str | bytes) -> list[Image.Image] | None:
-    """Every frame of a GIF, WebP or PNG; None for anything else."""
+def _animation(source: str | bytes) -> tuple[list[Image.Image], float] | None:
+    """Every frame of a GIF, WebP or PNG, and how many make a second on average; None for anything else."""
     if isinstance(source, str):
         return None
+    frames, milliseconds = [], 0.0
     try:
         with Image.open(io.BytesIO(source), formats=ANIMATIONS) as film:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(film)]
+            for frame in ImageSequence.Iterator(film):
+                frames.append(frame.convert("RGB"))  # which reads the frame, and with it how long it is shown
+                milliseconds += frame.info.get("duration") or 0
     except (OSError, SyntaxError, ValueError):
         return None
+    return frames, 1e3 * len(frames) / milliseconds if milliseconds > 0 else STATED_RATE
 
 
-def _sampled(source: str | bytes, processor: Any) -> list[Image.Image]:
-    """The frames that the checkpoint takes of a video file."""
+def _sampled(source: str | bytes, processor: Any) -> tuple[list[Image.Image], float]:
+    """The frames that the checkpoint takes of a video file, and how many of them make a second."""
     video = processor.video_processor
     if video is None:
         raise VideoError("This checkpoint was not trained on videos.")
     known = video.fps is not None and video.num_frames is not None
-    frames, _ = decode_video(source, video.sample_frames if known else None)
-    return [Image.fromarray(frame) for frame in frames]
+    frames, metadata = decode_video(source, video.sample_frames if known else None)
+    return [Image.fromarray(frame) for frame in frames], metadata.sampled_fps

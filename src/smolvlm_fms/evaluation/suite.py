@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -194,7 +195,8 @@ def _item(record: Mapping[str, Any], place: str) -> Item:
 def _loose_media(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     images = record.get("images", record.get("image", []))
     parts = [{"type": "image", "path": path} for path in (images if isinstance(images, list) else [images])]
-    return parts + ([{"type": "video", "path": record["video"]}] if "video" in record else [])
+    rate = {"fps": record["fps"]} if "fps" in record else {}
+    return parts + ([{"type": "video", "path": record["video"], **rate}] if "video" in record else [])
 
 
 def _parts(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
@@ -212,4 +214,7 @@ def _media(part: Mapping[str, Any], place: str) -> dict[str, Any]:
         raise InputError(f"{place}: part of type {kind!r} names no file, URL or data: URI; {where!r} came.")
     if part.get("base64") is where:
         where = f"data:;base64,{where}"
-    return {"type": kind, "path": where}
+    fps = part.get("fps")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
+        raise InputError(f"{place}: fps is the number of frames that make a second; {fps!r} came.")
+    return {"type": kind, "path": where} | ({} if fps is None else {"fps": fps})

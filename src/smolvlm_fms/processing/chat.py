@@ -3,11 +3,13 @@
     [{"role": "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What is this?"}]}]
 
 A picture part names its picture under ``image``, ``url``, ``path`` or ``base64``, a video part under ``video``, ``url``
-or ``path``; OpenAI's ``image_url`` parts are understood, too.
+or ``path``; OpenAI's ``image_url`` parts are understood, too. A video that is a list of frames may say under ``fps``
+how many of them make a second, from which come the times in its prompt (transformers passes over that key).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from smolvlm_fms.processing.tokenizer import SmolVLMTokenizer
     from smolvlm_fms.processing.video import SmolVLMVideoProcessor
 
-__all__ = ["ChatMixin", "media_of"]
+__all__ = ["ChatMixin", "media_of", "metadata_of"]
 
 _KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 
@@ -108,6 +110,9 @@ class ChatMixin:
             given = options.pop("images")
             pictures = given if is_batched else [list(given) if isinstance(given, list | tuple) else [given]]
         self._choose_sampling(options, videos)
+        known = [one for row in metadata_of(conversations) for one in row]
+        if any(known) and "video_metadata" not in options | dict(options.get("videos_kwargs") or {}):
+            options["video_metadata"] = known
         batch = self(text=texts, images=pictures, videos=videos, **options)
         if return_assistant_tokens_mask:
             offsets, replaced = batch.pop("offset_mapping"), batch.pop("text_replacement_offsets")
@@ -174,6 +179,33 @@ def media_of(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list
                 ]
             )
     return found["image"], found["video"]
+
+
+def metadata_of(conversations: Sequence[Sequence[Mapping[str, Any]]]) -> list[list[dict[str, Any] | None]]:
+    """What each conversation's video parts say of their frames' rate, in the order of ``media_of``'s videos.
+
+    Raises PromptError for an ``fps`` that is no positive number, or that stands beside a file, which has its own.
+    """
+    return [
+        [_metadata(part) for message in conversation for part in _parts(message) if part["type"] == "video"
+         if any(part.get(key) is not None for key in _KEYS["video"])]
+        for conversation in conversations
+    ]  # fmt: skip
+
+
+def _metadata(part: Mapping[str, Any]) -> dict[str, Any] | None:
+    fps = part.get("fps")
+    if fps is None:
+        return None
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
+        raise PromptError(f"A video part's fps is the number of its frames that make a second; {fps!r} came.")
+    frames = next(part[key] for key in _KEYS["video"] if part.get(key) is not None)
+    if isinstance(frames, str | os.PathLike | bytes) or not hasattr(frames, "__len__"):
+        raise PromptError(
+            "fps in a video part is the rate of frames that are given as a list; a file has its own. How many frames "
+            "are taken from a file is the call's fps: apply_chat_template(…, fps=2)."
+        )
+    return {"total_num_frames": len(frames), "fps": fps, "duration": len(frames) / fps}
 
 
 def _source(part: Mapping[str, Any], key: str) -> Any:

@@ -410,9 +410,12 @@ def _known_metadata(given: Any, videos: int) -> list[VideoMetadata | None]:
     names = {field.name for field in dataclasses.fields(VideoMetadata)}
     made: list[VideoMetadata | None] = []
     for entry in flat:
-        if not isinstance(entry, Mapping) or "total_num_frames" not in entry or not set(entry) <= names:
+        if entry is None:
+            made.append(None)
+        elif not isinstance(entry, Mapping) or "total_num_frames" not in entry or not set(entry) <= names:
             raise VideoError(f"video_metadata must hold total_num_frames and may hold {sorted(names)}, got {entry!r}.")
-        made.append(VideoMetadata(**dict(entry)))
+        else:
+            made.append(VideoMetadata(**dict(entry)))
     return made
 
 
