@@ -19,6 +19,7 @@ from PIL import Image
 import smolvlm_fms as sv
 from smolvlm_fms.engine import kernels, prepare
 from smolvlm_fms.engine.cpu_runner import CpuRunner
+from smolvlm_fms.engine.detokenizer import Detokenizer
 from smolvlm_fms.engine.machine import available_memory, cpu_count
 from smolvlm_fms.engine.prepare import content_digest
 from smolvlm_fms.engine.runner import ModelRunner
@@ -158,6 +159,26 @@ def test_waiting_pictures_hold_bounded_pixels(folder: Path, monkeypatch: pytest.
     assert vlm.preparer._waiting.used == 13 * tile
     again.cancel()
     assert vlm.preparer._waiting.used == 0, "a cancelled picture's pixels are gone"
+
+
+def test_tiles_may_go_through_the_tower_together(vlm: sv.VLM, folder: Path) -> None:
+    """What GPUs are given: several tiles a step; the answers stay the same."""
+    batched = sv.load(folder, dtype=torch.float32, engine=sv.EngineConfig(tiles_per_step=5))
+    requests = [(photo(40), "What?"), ([photo(41), photo(42, 40, 30)], "Compare.")]
+    assert [a.tokens for a in batched.batch(requests, **OPEN_END)] == [
+        a.tokens for a in vlm.batch(requests, **OPEN_END)
+    ]
+
+
+def test_streams_never_cut_a_character(vlm: sv.VLM) -> None:
+    """Characters of several tokens, by the real byte-level tokenizer of the bundled model."""
+    tokenizer = sv.load("demo").processor.tokenizer
+    text = "naïve 😀👩‍🚀 漢字 — Ünïcödé 🧑🏽"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    detokenizer = Detokenizer(lambda some: str(tokenizer.decode(list(some))))
+    pieces = [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+    assert len(ids) > len(text) and "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_detail_chooses_the_tiles(vlm: sv.VLM) -> None:

@@ -183,6 +183,51 @@ def test_running_sequences_share_their_prompt() -> None:
     assert two.sequence.reused == 50
 
 
+def test_sequences_that_arrive_together_share_their_prompt() -> None:
+    """Their prompts are computed one after another, so the later ones find what the first has computed."""
+    backend = CountingBackend(32 * BLOCK)
+    machine = engine(backend, prefill_chunk=16, prefill_chunk_alone=16)
+    prompt = list(range(100, 180))
+    questions = [[*prompt, 1000 * number] for number in range(1, 6)]
+    generations = [machine.submit(ids, options=GenerationOptions(max_tokens=6)) for ids in questions]
+    other = machine.submit(list(range(5000, 5080)), options=GenerationOptions(max_tokens=6))
+    for generation, ids in zip(generations, questions, strict=True):
+        assert answer(generation)[0] == list(range(ids[-1] + 1, ids[-1] + 7))
+    assert answer(other)[0] == list(range(5080, 5086))
+    assert [generation.sequence.reused for generation in generations] == [0, 80, 80, 80, 80]
+    assert other.sequence.reused == 0
+    assert backend.prefilled == 81 + 4 + 80
+
+
+def test_a_picture_that_arrives_several_times_at_once_is_seen_and_computed_once() -> None:
+    backend = CountingBackend(32 * BLOCK)
+    machine = engine(backend)
+    prompts = [[1, *[9] * 40, 2, 50 + number] for number in range(4)]
+    generations = [
+        machine.submit(ids, [picture(b"cat", range(1, 41))], GenerationOptions(max_tokens=3)) for ids in prompts
+    ]
+    for generation in generations:
+        answer(generation)
+    assert len(backend.encoded) == 2
+    assert backend.prefilled == 43 + 3
+
+
+def test_cancelling_between_two_tiles_leaves_the_picture_to_others() -> None:
+    backend = CountingBackend()
+    machine = engine(backend)
+    options = GenerationOptions(max_tokens=3)
+    gone = machine.submit([1, *[9] * 20, 2], [picture(b"cat", range(1, 21), tiles=5)], options)
+    other = machine.submit([1, *[9] * 20, 3], [picture(b"cat", range(1, 21), tiles=5)], options)
+    for _ in range(2):
+        machine.step()
+    gone.cancel()
+    assert answer(gone) == ([], "", "cancelled") and gone.sequence.extent is None
+    assert answer(other)[0] == [4, 5, 6]
+    assert [first for _, first, _ in backend.encoded] == [0, 1, 0, 1, 2, 3, 4]
+    machine.space.clear_prefixes()
+    assert machine.space.free_tokens == machine.space.capacity
+
+
 def picture(content: bytes, places: SequenceOf[int], tiles: int = 2) -> Picture:
     return Picture(key=content, tiles=tiles, positions=np.asarray(places, dtype=np.int64), pixels=content)
 

@@ -83,6 +83,17 @@ class KVSpace:
             return self._own(sequence, extent, Reuse(live.extent.start, shared))
         return self._own(sequence, extent, Reuse(-1, 0))
 
+    def improve(self, sequence: Sequence) -> Reuse | None:
+        """What can be copied for a sequence of which nothing has been computed yet, if it is more than at its
+        admission: one that came with it and begins the same may be ahead by now."""
+        entry, live, shared = self._best_match(sequence.symbols[:-1], sequence)
+        if shared < sequence.computed + MIN_REUSE:
+            return None
+        if entry is not None:
+            entry.used = self._now()
+        extent = entry.extent if entry is not None else live.extent if live is not None else None
+        return None if extent is None else Reuse(extent.start, shared)
+
     def _own(self, sequence: Sequence, extent: Extent, reuse: Reuse) -> Reuse:
         sequence.extent = extent
         self._live.append(sequence)
@@ -112,14 +123,18 @@ class KVSpace:
         for entry in list(self._entries):
             self._drop(entry)
 
-    def _best_match(self, symbols: Symbols) -> tuple[_Entry | None, Sequence | None, int]:
-        """The prefix entry or the running sequence that shares most, and how much (0: not worth it)."""
+    def _best_match(
+        self, symbols: Symbols, itself: Sequence | None = None
+    ) -> tuple[_Entry | None, Sequence | None, int]:
+        """The prefix entry or the other running sequence that shares most, and how much (0: not worth it)."""
         best: tuple[_Entry | None, Sequence | None, int] = (None, None, MIN_REUSE - 1)
         for entry in self._entries:
             shared = common_prefix(entry.symbols, symbols)
             if shared > best[2]:
                 best = (entry, None, shared)
         for other in self._live:
+            if other is itself:
+                continue
             shared = common_prefix(other.symbols[: other.computed], symbols)
             if shared > best[2]:
                 best = (None, other, shared)

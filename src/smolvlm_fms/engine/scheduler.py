@@ -119,6 +119,10 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, plan: Plan) -> None:
         """Add the next piece of work of a sequence whose prompt is not computed yet."""
+        if sequence.computed == sequence.reused and (reuse := self.space.improve(sequence)) is not None:
+            assert sequence.extent is not None
+            plan.copies.append(Copy(reuse.source, sequence.extent.start, reuse.tokens))
+            sequence.computed = sequence.reused = reuse.tokens
         start = sequence.computed
         end = len(sequence.prompt)
         for picture in sequence.pictures:
