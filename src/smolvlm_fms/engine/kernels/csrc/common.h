@@ -40,6 +40,14 @@ SVK_INLINE void prefer_huge_pages(void* memory, long bytes) {
 #endif
 }
 
+// Asks for `bytes` from p on: rows that lie far apart are nothing that the hardware foresees.
+SVK_INLINE void expect_read(const void* p, long bytes) {
+  for (long i = 0; i < bytes; i += 64) prefetch_near((const char*)p + i);
+}
+SVK_INLINE void expect_write(const void* p, long bytes) {
+  for (long i = 0; i < bytes; i += 64) prefetch_to_write((const char*)p + i);
+}
+
 // Memory of one call, aligned to cache lines. Calls may run side by side, so nothing is static.
 struct Scratch {
   char* base;
@@ -62,10 +70,8 @@ struct Carver {
   }
 };
 
-// 2^x to 3e-6 for x in [-126, 128]; the nearest of the two ends (2^-126, infinity) beyond that; NaN stays NaN because
-// the second operand is what vmin and vmax answer then.
+// 2^x to 3e-6; infinity from 128 on, and zero or 2^-126 below -126; NaN stays NaN.
 SVK_INLINE vf exp2_of(vf x) {
-  x = vmin(splat(128.0f), vmax(splat(-126.0f), x));
   vf f = fraction(x);  // minimax polynomial on [0, 1]
   vf p = fmadd(splat(0.0134268f), f, splat(0.0522423f));
   p = fmadd(p, f, splat(0.2412803f));
@@ -74,9 +80,8 @@ SVK_INLINE vf exp2_of(vf x) {
   return times_exp2_floor(p, x);
 }
 
-// 2^x for the weights of a softmax, x <= 0: to 9e-5, a tenth of what their bf16 rounding leaves.
+// The same for the weights of a softmax: to 9e-5, a tenth of what their bf16 rounding leaves.
 SVK_INLINE vf exp2_of_weight(vf x) {
-  x = vmax(splat(-126.0f), x);
   vf f = fraction(x);
   vf p = fmadd(splat(0.0770671f), f, splat(0.2276450f));
   p = fmadd(p, f, splat(0.6951168f));

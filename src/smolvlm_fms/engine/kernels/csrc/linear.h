@@ -28,13 +28,14 @@ static void panel_int8(const svk_weights& w, long p, const Rows& rows, long m0, 
   for_columns(count, [&](auto n_const, int at) {
     constexpr int N = decltype(n_const)::value;
     vi c[M][N];
+    for (int m = 0; m < M; m++)
+      for (int n = 0; n < N; n++) c[m][n] = splat_i(-128 * rows.sum[m0 + m]);
     tile_int8<M, N>(rows.q + m0 * rows.stride, rows.stride, panel + (first + at) * 16, w.k / 4, c);
     for (int m = 0; m < M; m++) {
-      vi offset = splat_i(128 * rows.sum[m0 + m]);
       vf scale = splat(rows.scale[m0 + m]);
       for (int n = 0; n < N; n++) {
         long column = (first + at + n) * 16;
-        vf x = mul(to_float(sub_i(c[m][n], offset)), mul(scale, load(scales + column)));
+        vf x = mul(to_float(c[m][n]), mul(scale, load(scales + column)));
         store(sums + m * PANEL + column, x);
       }
     }
@@ -169,8 +170,7 @@ struct Epilogue {
     const long size = out_f32 ? 4 : 2;
     const char* first = (out_f32 ? (const char*)out_f32 : (const char*)out) + (m0 * stride + p * width()) * size;
     const long bytes = lmin(width(), outputs - p * width()) * size;
-    for (int m = 0; m < rows; m++)
-      for (long i = 0; i < bytes; i += 64) prefetch_to_write(first + m * stride * size + i);
+    for (int m = 0; m < rows; m++) expect_write(first + m * stride * size, bytes);
   }
 
   // 32 neighbouring columns that all exist.

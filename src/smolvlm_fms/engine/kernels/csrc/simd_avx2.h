@@ -93,11 +93,16 @@ SVK_INLINE void store_low_bytes(int8_t* p, vi x) {
 }
 
 SVK_INLINE vf whole_part(vf x) { return {_mm256_floor_ps(x.a), _mm256_floor_ps(x.b)}; }
-// x - floor(x)
-SVK_INLINE vf fraction(vf x) { return sub(x, whole_part(x)); }
-// a * 2^floor(x) for x in [-126, 128]; the exponent is added to, so that only normal results are right.
+// From -126 to 128; NaN stays NaN because the second operand is what vmin and vmax answer then.
+SVK_INLINE vf as_exponent(vf x) { return vmin(splat(128.0f), vmax(splat(-126.0f), x)); }
+// x - floor(x), x cut to [-126, 128].
+SVK_INLINE vf fraction(vf x) {
+  x = as_exponent(x);
+  return sub(x, whole_part(x));
+}
+// a * 2^floor(x) for a in [1, 2), x cut to [-126, 128]; the exponent is added to.
 SVK_INLINE vf times_exp2_floor(vf a, vf x) {
-  vi e = shift_left<23>(to_int(whole_part(x)));
+  vi e = shift_left<23>(to_int(whole_part(as_exponent(x))));
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.a), e.a)),
           _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.b), e.b))};
 }
@@ -171,6 +176,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
 }
 
 SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+SVK_INLINE void prefetch_near(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 SVK_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 

@@ -60,6 +60,7 @@ SVK_INLINE vi load_i(const void* p) { return _mm512_loadu_si512(p); }
 SVK_INLINE void store_i(void* p, vi x) { _mm512_storeu_si512(p, x); }
 SVK_INLINE vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
 SVK_INLINE vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+SVK_INLINE vi or_i(vi a, vi b) { return _mm512_or_si512(a, b); }
 SVK_INLINE vi and_i(vi a, vi b) { return _mm512_and_si512(a, b); }
 template <int N> SVK_INLINE vi shift_left(vi a) { return _mm512_slli_epi32(a, N); }
 template <int N> SVK_INLINE vi shift_right(vi a) { return _mm512_srli_epi32(a, N); }
@@ -69,9 +70,9 @@ SVK_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 SVK_INLINE vi to_int(vf a) { return _mm512_cvtps_epi32(a); }  // nearest, ties to even
 SVK_INLINE void store_low_bytes(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
 
-// x - floor(x); infinity: 0.
+// x - floor(x); of infinity: 0.
 SVK_INLINE vf fraction(vf x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-// a * 2^floor(x), down to zero and up to infinity.
+// a * 2^floor(x), from zero to infinity.
 SVK_INLINE vf times_exp2_floor(vf a, vf x) { return _mm512_scalef_ps(a, x); }
 // a / d for d in [1, 2^126], to 2^-22: a division holds the multipliers up for ten times as long.
 SVK_INLINE vf quotient(vf a, vf d) {
@@ -112,7 +113,14 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
   return acc;
 }
 
+#define SVK_INT8_ATTENTION  // the columns of dot_quads may be rows, and bytes are packed in one go
+// Sixty-four unsigned bytes, saturated: four lanes of a, four of b, of c, of d, the next four of a ...
+SVK_INLINE vi pack_bytes(vi a, vi b, vi c, vi d) {
+  return _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
+}
+
 SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+SVK_INLINE void prefetch_near(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 SVK_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw %0" ::"m"(*(const char*)p)); }
 SVK_INLINE void pause_core() { _mm_pause(); }
 

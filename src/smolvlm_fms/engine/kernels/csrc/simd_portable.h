@@ -63,10 +63,17 @@ SVK_INLINE vi to_int(vf a) {
 SVK_INLINE void store_low_bytes(int8_t* p, vi a) { SVK_LANES p[i] = (int8_t)a.v[i]; }
 SVK_INLINE float bits_to_float(uint32_t b) { float f; memcpy(&f, &b, 4); return f; }
 SVK_INLINE uint32_t float_to_bits(float f) { uint32_t b; memcpy(&b, &f, 4); return b; }
-// x - floor(x)
-SVK_INLINE vf fraction(vf x) { SVK_LANES x.v[i] -= floorf(x.v[i]); return x; }
-// a * 2^floor(x) for x in [-126, 128]; the exponent is added to, so that only normal results are right.
+// From -126 to 128; NaN stays NaN because the second operand is what vmin and vmax answer then.
+SVK_INLINE vf as_exponent(vf x) { return vmin(splat(128.0f), vmax(splat(-126.0f), x)); }
+// x - floor(x), x cut to [-126, 128].
+SVK_INLINE vf fraction(vf x) {
+  x = as_exponent(x);
+  SVK_LANES x.v[i] -= floorf(x.v[i]);
+  return x;
+}
+// a * 2^floor(x) for a in [1, 2), x cut to [-126, 128]; the exponent is added to.
 SVK_INLINE vf times_exp2_floor(vf a, vf x) {
+  x = as_exponent(x);
   SVK_LANES x.v[i] = floorf(x.v[i]);
   vi e = to_int(x);
   SVK_LANES a.v[i] = bits_to_float(float_to_bits(a.v[i]) + ((uint32_t)e.v[i] << 23));
@@ -119,6 +126,7 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
 }
 
 SVK_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+SVK_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p); }
 SVK_INLINE void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1); }
 #if defined(__x86_64__)
 SVK_INLINE void pause_core() { __builtin_ia32_pause(); }

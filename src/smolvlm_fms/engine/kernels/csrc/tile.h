@@ -22,11 +22,10 @@ SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stri
   }
 }
 
-// The same in integers: signed 8-bit rows with a panel of unsigned 8-bit columns (q + 128, corrected by the caller).
+// The same in integers, added to what is in c: signed 8-bit rows with a panel of unsigned 8-bit columns (q + 128: the
+// caller starts with -128 times the sum of a row).
 template <int M, int N>
 SVK_INLINE void tile_int8(const int8_t* a, long a_stride, const u32* b, long quads, vi (&c)[M][N]) {
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) c[m][n] = zero_i();
   for (long k = 0; k < quads; k++) {
     QuadCols cols[N];
 #pragma GCC unroll 8
@@ -39,6 +38,26 @@ SVK_INLINE void tile_int8(const int8_t* a, long a_stride, const u32* b, long qua
     }
   }
 }
+
+#ifdef SVK_INT8_ATTENTION
+// Unsigned 8-bit rows with signed 8-bit columns.
+template <int M, int N>
+SVK_INLINE void tile_weights(const uint8_t* a, long a_stride, const u32* b, long b_stride, long quads, vi (&c)[M][N]) {
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) c[m][n] = zero_i();
+  for (long k = 0; k < quads; k++) {
+    QuadCols cols[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) cols[n] = as_quads(load_i(b + k * b_stride + n * 16));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      QuadRow row = splat_quad(((const u32_of_bytes*)(a + m * a_stride))[k]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; n++) c[m][n] = dot_quads(c[m][n], row, cols[n]);
+    }
+  }
+}
+#endif
 
 // Calls f with a number as a compile-time constant.
 template <int V> struct Const { static constexpr int value = V; };

@@ -1,8 +1,8 @@
 // svk_tower_blocks: one tile through a vision tower's blocks. One call: its buffers are made once, and threads meet at
 // barriers instead of at the ends of parallel regions. The residual stream is fp32.
 #pragma once
+#include "int8_attention.h"
 #include "text_model.h"
-#include "vision_attention.h"
 
 namespace SVK_ISA {
 
@@ -20,6 +20,9 @@ struct TowerRun {
   float* y = nullptr;
   u32 *keys = nullptr, *values = nullptr;
   AttentionScratch scratch = {};
+#ifdef SVK_INT8_ATTENTION
+  QuantizedHead head8 = {};
+#endif
 
   long x_stride() const { return round_up(m.width, 64); }
   long attended_width() const { return m.heads * m.d; }
@@ -42,6 +45,9 @@ struct TowerRun {
     keys = from.take<u32>(key_words(a.tokens, m.d));
     values = from.take<u32>(value_words(a.tokens, m.d));
     scratch = AttentionScratch::carve(from, a.tokens);
+#ifdef SVK_INT8_ATTENTION
+    if (quantized) head8 = QuantizedHead::carve(from, a.tokens, m.d);
+#endif
   }
 
   // Activations for linear w. fill(r, y) writes row r as floats, zeros up to a multiple of 32.
@@ -97,12 +103,21 @@ struct TowerRun {
                                       team.threads};
     const long parts = m.heads >= team.threads ? 1 : ceil_div(2 * team.threads, m.heads);
     for (long i; (i = next_item(counters + layer)) < m.heads * parts;) {
-      const long head = i / parts, packed = pack_head(args, 0, head, keys, values);
       Range tiles = share(ceil_div(a.tokens, TILE_ROWS), i % parts, parts);
-      Range mine = {tiles.begin * TILE_ROWS, lmin(tiles.end * TILE_ROWS, a.tokens)};
-      vision_rows(args, 0, head, mine, packed, keys, values, scratch, attended_stride());
+      attend_head(args, i / parts, {tiles.begin * TILE_ROWS, lmin(tiles.end * TILE_ROWS, a.tokens)});
     }
     team.wait();
+  }
+
+  void attend_head(const svk_vision_attention_args& args, long head, Range mine) {
+#ifdef SVK_INT8_ATTENTION
+    if (quantized) {
+      quantize_head(args, 0, head, head8);
+      return int8_vision_rows(args, 0, head, mine, head8, attended_stride());
+    }
+#endif
+    const long packed = pack_head(args, 0, head, keys, values);
+    vision_rows(args, 0, head, mine, packed, keys, values, scratch, attended_stride());
   }
 
   void run_layer(long index) {

@@ -11,11 +11,21 @@ SVK_INLINE long pack_head(const svk_vision_attention_args& a, long b, long h, u3
   long packed = 0;
   for (long t = 0; t < a.tokens; t++) {
     if (a.key_mask && !a.key_mask[b * a.tokens + t]) continue;
+    const u16* ahead = first + lmin(t + 16, a.tokens - 1) * row;
+    expect_read(ahead, 2 * a.d), expect_read(ahead + head_row, 2 * a.d);
     pack_key(first + t * row, a.d, keys, packed);
     pack_value(first + t * row + head_row, a.d, values, packed);
     packed++;
   }
   return packed;
+}
+
+// Asks for what a tile of rows will write, and what the next one will read.
+SVK_INLINE void expect_tile(const u16* queries, long row, const u16* out, long out_row, long t, long end, long d) {
+  for (long m = 0; m < TILE_ROWS; m++) {
+    if (t + m < end) expect_write(out + m * out_row, 2 * d);
+    if (t + m + TILE_ROWS < end) expect_read(queries + (m + TILE_ROWS) * row, 2 * d);
+  }
 }
 
 SVK_INLINE void vision_rows(const svk_vision_attention_args& a, long b, long h, Range rows, long keys_packed,
@@ -26,6 +36,7 @@ SVK_INLINE void vision_rows(const svk_vision_attention_args& a, long b, long h, 
   for (long t = rows.begin; t < rows.end; t += TILE_ROWS) {
     Head head = {a.qkv + (b * a.tokens + t) * row + h * a.d, row, keys, values, a.d, a.scale};
     u16* out = a.out + (b * a.tokens + t) * out_row + h * a.d;
+    expect_tile(head.q, row, out, out_row, t, rows.end, a.d);
     attend_to_bf16(head, (int)lmin(TILE_ROWS, rows.end - t), keys_packed, visible, s, out, out_row);
   }
 }
