@@ -90,6 +90,8 @@ def test_inspect_prints_the_promised_object_and_the_grid(photo: Path, tmp_path: 
         (["ask", __file__, "What is this?"], "test_cli.py"),
         (["ask", "--model", "no-such-model", "Hello?"], "no-such-model"),
         (["ask", "Hello?", "--temperature", "-1"], "temperature"),
+        (["ask", "Hello?", "--threads", "0"], "threads must be at least 1"),
+        (["ask", "Hello?", "--quantize-tower", "int4"], "quantize_tower"),
         (["inspect", "no-such-file.jpg"], "no-such-file.jpg"),
         (["verify", "no-such-model"], "no-such-model"),
         (["eval", "no-such-model"], "no-such-model"),

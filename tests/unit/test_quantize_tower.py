@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from smolvlm_fms.bundle import bundled
+from smolvlm_fms.cli.convert import _print
 from smolvlm_fms.engine.quantize_tower import _agreement, check_int8_tower
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.export import convert
@@ -47,10 +48,13 @@ def test_agreement_counts_to_the_first_difference(ours: tuple[int, ...], theirs:
     assert _agreement(ours, theirs) == pytest.approx(share)
 
 
-def test_convert_measures_it_when_asked(tmp_path: Path) -> None:
+def test_convert_measures_it_when_asked_and_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = convert("demo", tmp_path / "out", "hf", quantize="int8", check_tower=True)
     found = {check.name: check for check in result.checks if check.name.startswith("int8 tower")}
     assert result.ok and found.keys() == {"int8 tower: features", "int8 tower: answers"}
     assert 0.9 < found["int8 tower: features"].agree < 1
+    _print(result)
+    printed = [line for line in capsys.readouterr().out.splitlines() if "int8 tower" in line]
+    assert len(printed) == 2 and "bfloat16" in printed[0] and "% of tokens" in printed[1]
     with pytest.raises(ConfigurationError, match="'gguf'"):
         convert("demo", tmp_path / "gguf", "gguf", check_tower=True)
