@@ -31,6 +31,8 @@ from engine_peers import PEERS
 HERE = Path(__file__).resolve().parent
 PROMPT = 1128
 SHORT = 32
+PANELS = ("tiles", "frames", "tokens")
+KINDS = ("bf16", "int8", "int4")
 
 
 class Worker:
@@ -225,15 +227,36 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def cost_plot(folder: Path, target: Path, about: dict[str, Any], save: bool) -> None:
-    """Measure how cost grows and draw it; one JSON object on the last line."""
+def cost_plot(folder: Path, target: Path, about: dict[str, Any], panels: Sequence[str], save: bool) -> None:
+    """Measure how cost grows and draw it; one JSON object on the last line. Panels that are not measured now are taken
+    from the saved result of the same day, so that a machine need not be quiet for long."""
     os.environ["OMP_NUM_THREADS"] = str(about["threads"])  # before torch is imported
     import engine_cost
 
+    path = HERE / "results" / f"cost-{about['date']}.json"
+    before = json.loads(path.read_text())["cost"] if save and path.exists() else {}
+    result = {"machine": about, "cost": before | engine_cost.report(folder, panels)}
     caption = f"{about['cpu']}, {about['threads']} threads, {about['clock']} time, bf16, 256M shapes, {about['date']}"
-    result = {"machine": about, "cost": engine_cost.report(folder, target, caption)}
-    if save:
-        (HERE / "results" / f"cost-{about['date']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    engine_cost.draw(result["cost"], target, caption)
+    _finish(result, path if save else None)
+
+
+def memory(folder: Path, about: dict[str, Any], kinds: Sequence[str], save: bool) -> None:
+    """Peak memory with a full cache of keys and values; one JSON object on the last line."""
+    path = HERE / "results" / f"memory-{about['date']}.json"
+    found = json.loads(path.read_text())["memory"] if save and path.exists() else {}
+    for kind in kinds:
+        worker = Worker(f"memory_{kind}", folder, about["threads"])
+        found[kind] = worker.ask("fill")
+        worker.close()
+        print(f"{kind}: {found[kind]['share_of_bound']:.3f} of the bound", file=sys.stderr, flush=True)
+    _finish({"machine": about, "memory": found}, path if save else None)
+
+
+def _finish(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result where it is to be kept, and as the last line of output."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
 
 
@@ -246,6 +269,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true", help="processor time; with one thread, for busy machines")
     parser.add_argument("--cost-plot", type=Path, help="draw seconds by tiles, frames and tokens, and do nothing else")
+    parser.add_argument("--cost-panel", action="append", choices=PANELS, help="only this part of the drawing")
+    parser.add_argument("--memory", action="append", choices=KINDS, help="peak memory with a full cache, only")
     parser.add_argument("--save", action="store_true", help="write the result into benchmarks/results/ as well")
     asked = parser.parse_args()
     from smolvlm_fms.engine.machine import cpu_count
@@ -256,7 +281,9 @@ def main() -> None:
     about = machine(threads) | {"clock": "cpu" if asked.cpu_time else "wall"}
     folder = engine_checkpoint.build()
     if asked.cost_plot:
-        return cost_plot(folder, asked.cost_plot, about, asked.save)
+        return cost_plot(folder, asked.cost_plot, about, asked.cost_panel or PANELS, asked.save)
+    if asked.memory:
+        return memory(folder, about, asked.memory, asked.save)
     peers = ["transformers"] if asked.quick or not asked.peer else asked.peer
     workers = start_workers(folder, threads, peers, asked.quick)
     try:
@@ -281,10 +308,7 @@ def main() -> None:
         "ratios": ratios(bench, ceiling, folder),
         "cold_start_s": statistics.median(cold) if cold else None,
     }
-    if asked.save:
-        target = HERE / "results" / f"engine-{about['date']}.json"
-        target.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    _finish(result, HERE / "results" / f"engine-{about['date']}.json" if asked.save else None)
 
 
 if __name__ == "__main__":

@@ -231,12 +231,21 @@ def main() -> None:
     if kind == "cold":
         cold_start(folder)
         return
+
+    def memory(quantize: str | None) -> Any:
+        from engine_memory import Memory
+
+        return Memory(folder, quantize)
+
     makers: dict[str, Callable[[], Any]] = {
         "bf16": lambda: Ours(folder, None, None),
         "int8": lambda: Ours(folder, "int8", "int8"),
         "int4": lambda: Ours(folder, "int4", None),
         "fallback": lambda: Ours(folder, None, None),
         "transformers": lambda: Transformers(folder),
+        "memory_bf16": lambda: memory(None),
+        "memory_int8": lambda: memory("int8"),
+        "memory_int4": lambda: memory("int4"),
     }
     serve(makers[kind])
 
