@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_fms.fms_bridge import register_with_fms as _register_with_fms
+from smolvlm_fms.startup import collection_paused as _collection_paused
 
 if TYPE_CHECKING:
     from smolvlm_fms.bundle import bundled
@@ -117,7 +118,8 @@ def __getattr__(name: str) -> Any:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    with _collection_paused():
+        value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value
     return value
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "smolvlm_fms"
-LEAVES = {"bundle", "errors", "types", "config", "config_llava", "config_presets"}
+LEAVES = {"bundle", "errors", "types", "config", "config_llava", "config_presets", "startup"}
 
 # Room -> rooms (or rooms' modules) it may import besides the leaves and itself.
 LAW = {

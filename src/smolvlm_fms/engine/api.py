@@ -25,6 +25,7 @@ from smolvlm_fms.engine.runner import ModelRunner, kv_bytes_per_token
 from smolvlm_fms.engine.sequence import Sampled
 from smolvlm_fms.errors import CapacityError, ConfigurationError, InputError
 from smolvlm_fms.fms_bridge.loading import load_model, resolve_folder
+from smolvlm_fms.startup import collection_paused
 from smolvlm_fms.types import Answer, Timings, TokenLogprob, Usage
 
 __all__ = ["VLM", "Stream", "load"]
@@ -64,7 +65,7 @@ def load(
     if packed and where.type == "cpu" and (wanted or _named_dtype(folder)) == torch.bfloat16:
         loading.setdefault("fused_weights", False)  # packing joins them: done before, it would be one more copy of all
     config = engine or EngineConfig.for_device(where.type)
-    with ThreadPoolExecutor(1) as pool:
+    with collection_paused(), ThreadPoolExecutor(1) as pool:
         # Beside the weights: packing them leaves Python's lock to the tokenizer's file and to imports.
         reading = pool.submit(_processor, folder)
         stored = load_stored(folder, quantize, wanted, where, packed)

@@ -72,11 +72,11 @@ def pack_model(model: SmolVLM | LlavaNext, quantize: str | None = None, quantize
 def _leave_the_file(model: Any) -> None:
     """Copy what will not be packed (norms, biases, tables) out of the checkpoint's mappings, one a layer. A mapping
     lasts as long as any tensor in it, and all pages that packing reads would stay resident with it: the weights a
-    second time. Linears behind the deepest tap are never read and stay."""
-    table = getattr(model.text_model.base_model.embedding, "weight", None)
+    second time. Linears behind the deepest tap are never read and stay; so does a table that the head will hold."""
+    table = None if model.text_model.tied else getattr(model.text_model.base_model.embedding, "weight", None)
     for parameter in model.parameters():
         if parameter.dim() < 2 or parameter is table or parameter.numel() <= SMALL:
-            parameter.data = parameter.data.clone()
+            parameter.data = kernels.empty(tuple(parameter.shape), parameter.dtype).copy_(parameter.data)
 
 
 def _tower(model: SmolVLM | LlavaNext) -> Any:

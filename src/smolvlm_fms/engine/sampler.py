@@ -20,8 +20,17 @@ def sample(logits_BV: Tensor, sequences: SequenceOf[Sequence], banned: SequenceO
         logits_BV = logits_BV.index_fill(1, torch.tensor(list(banned), device=logits_BV.device), float("-inf"))
     plain = [s for s in sequences if s.options.greedy and not s.options.reshapes and s.options.logprobs is None]
     if len(plain) == len(sequences):
-        return [Sampled(token) for token in logits_BV.argmax(-1).tolist()]
+        return [Sampled(token) for token in _likeliest(logits_BV)]
     return [choose(logits_V, sequence) for logits_V, sequence in zip(logits_BV, sequences, strict=True)]
+
+
+def _likeliest(logits_BV: Tensor) -> list[int]:
+    """The likeliest token of each row. On the CPU by numpy, whose argmax uses vectors: torch's takes ten times as long,
+    a hundredth of a decode step."""
+    if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32:
+        best: list[int] = logits_BV.numpy().argmax(-1).tolist()
+        return best
+    return [int(token) for token in logits_BV.argmax(-1).tolist()]
 
 
 def choose(logits_V: Tensor, sequence: Sequence) -> Sampled:

@@ -7,6 +7,7 @@ machine, and ``isa()`` which instruction set runs. Everything else raises Missin
 from smolvlm_fms.engine.kernels.cache import PackedCache, rope_tables
 from smolvlm_fms.engine.kernels.linear import PackedLinear
 from smolvlm_fms.engine.kernels.loader import available, built, isa, use_isa
+from smolvlm_fms.engine.kernels.memory import empty
 from smolvlm_fms.engine.kernels.ops import causal_attention, layer_norm, rms_norm, vision_attention
 from smolvlm_fms.engine.kernels.text import PackedLayer, PackedText
 from smolvlm_fms.engine.kernels.vision import PackedBlocks, TowerLayer
@@ -21,6 +22,7 @@ __all__ = [
     "available",
     "built",
     "causal_attention",
+    "empty",
     "isa",
     "layer_norm",
     "rms_norm",
