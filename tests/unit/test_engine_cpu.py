@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import smolvlm_fms as sv
 from smolvlm_fms.engine import cpu_runner, kernels
@@ -16,6 +17,8 @@ from smolvlm_fms.engine.cpu_runner import CpuRunner, FallbackRunner, pack_model,
 from smolvlm_fms.engine.engine import Engine
 from smolvlm_fms.engine.linears import OneDnnLinear
 from smolvlm_fms.engine.runner import ModelRunner
+from smolvlm_fms.engine.torch_text import chunked_causal_attention
+from smolvlm_fms.engine.tower import full_attention
 from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.fms_bridge.loading import load_model
 from smolvlm_fms.fms_bridge.saving import save_pretrained
@@ -192,15 +195,52 @@ def test_the_torch_linear_agrees_with_the_kernels(kind: str, activation: str) ->
         assert torch.allclose(ours.rows(ids).float(), other.rows(ids).float(), atol=1e-2)
 
 
-def test_without_onednn_the_linear_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "quick_gelu", "swiglu"])
+def test_without_onednn_the_linear_still_answers(monkeypatch: pytest.MonkeyPatch, activation: str) -> None:
     from smolvlm_fms.engine import linears
 
     x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(10, 16).bfloat16(), torch.randn(10).bfloat16()
-    with_onednn = OneDnnLinear(weight, bias, activation="gelu_tanh")(x)
+    with_onednn = OneDnnLinear(weight, bias, activation=activation)(x)
     monkeypatch.setattr(linears, "_onednn_works", lambda: False)
-    without = OneDnnLinear(weight, bias, activation="gelu_tanh")
-    assert torch.allclose(without(x).float(), with_onednn.float(), atol=0.06)
+    without = OneDnnLinear(weight, bias, activation=activation)
+    assert torch.allclose(without(x).float(), with_onednn.float(), rtol=0.02, atol=0.06)
     assert torch.equal(without.rows(torch.tensor([2])), weight[2:3])
+
+
+def exact_attention(query_THD: Tensor, keys_SHD: Tensor, values_SHD: Tensor, scale: float, seen_TS: Tensor) -> Tensor:
+    """Softmax attention in fp64, (T, H * D)."""
+    query, keys, values = (part.double().transpose(0, 1) for part in (query_THD, keys_SHD, values_SHD))
+    scores = (query @ keys.transpose(1, 2) * scale).masked_fill(~seen_TS, float("-inf"))
+    return (scores.softmax(-1) @ values).transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "width"), [(70, 1, 64), (33, 2, 24), (65, 5, 72)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_towers_on_torch_alone(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, heads: int, width: int, masked: bool
+) -> None:
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(tokens, 3, heads, width, generator=generator).bfloat16()
+    mask = torch.arange(tokens) % 3 != 1 if masked else None
+    seen = torch.ones(tokens, dtype=torch.bool) if mask is None else mask
+    exact = exact_attention(*qkv.unbind(1), width**-0.5, seen[None].expand(tokens, tokens))
+    for _ in range(2):  # the second call finds the first one's memory
+        assert torch.allclose(full_attention(qkv, mask, width**-0.5).double(), exact, atol=0.03)
+
+
+@pytest.mark.parametrize(("length", "past"), [(1, 0), (1, 300), (95, 1), (96, 64), (97, 0), (250, 129)])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(9, 3, 64), (4, 4, 24)])
+def test_causal_attention_on_torch_alone(length: int, past: int, heads: int, groups: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(length, heads, width, generator=generator).bfloat16()
+    keys, values = torch.randn(2, past + length, groups, width, generator=generator).bfloat16()
+    seen = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    wide = [part.repeat_interleave(heads // groups, 1) for part in (keys, values)]
+    exact = exact_attention(query, *wide, width**-0.5, seen)
+    assert torch.allclose(
+        chunked_causal_attention(query, keys, values, width**-0.5).double(), exact, rtol=0.02, atol=0.03
+    )
 
 
 def test_kinds_are_known() -> None:

@@ -54,8 +54,10 @@ def _onednn_works() -> bool:
     try:
         x, weight = torch.randn(3, 40).bfloat16(), torch.randn(24, 40).bfloat16()
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-        return bool(torch.allclose(y.float(), x.float() @ weight.float().T, atol=0.3))
+        y = torch.ops.mkldnn._linear_pointwise(x, packed, None, "swish", [], "")
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, y, packed, None, "mul")
+        plain = x.float() @ weight.float().T
+        return bool(torch.allclose(y.float(), F.silu(plain) * plain, rtol=0.05, atol=0.3))
     except (RuntimeError, AttributeError, NotImplementedError, TypeError):
         return False
 
@@ -91,41 +93,59 @@ class OneDnnLinear(nn.Module):
             ]
             joined_bias = torch.cat([one.detach() for one in filled]).bfloat16()
         self.register_buffer("bias", joined_bias, persistent=False)
-        self._packed: Any = None
+        self._packed: list[Any] = []  # SwiGLU: gates, then ups
         self._weight: Tensor | None = joined.bfloat16()
         if _onednn_works():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+            halves = self._weight.chunk(2 if activation == "swiglu" else 1)
+            self._packed = [torch.ops.mkldnn._reorder_linear_weight(half, None) for half in halves]
             self._weight = None
 
     def forward(
         self, x: Tensor, *, residual: Tensor | None = None, scale: float = 1.0, fp32_out: bool = False
     ) -> Tensor:
         """x (..., K) bf16 to (..., N) bf16, or fp32."""
-        bias: Any = self.bias
-        if self._packed is None:
-            assert self._weight is not None
-            y = F.linear(x, self._weight, bias)
-            y = F.gelu(y, approximate="tanh") if self.activation == "gelu_tanh" else y
+        if not self._packed:
+            y = self._by_torch(x)
         elif residual is not None and scale == 1.0 and self.activation == "none":
-            return _fp32(torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, bias, "add"), fp32_out)
+            bias: Any = self.bias
+            return _fp32(torch.ops.mkldnn._linear_pointwise.binary(x, residual, *self._packed, bias, "add"), fp32_out)
         else:
-            after: Any = ("gelu", [], "tanh") if self.activation == "gelu_tanh" else ("none", [], "")
-            y = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, *after)
+            y = self._by_onednn(x)
         if self.activation == "quick_gelu":
             y = y * torch.sigmoid(1.702 * y)
-        if self.activation == "swiglu":
-            gate, up = y.chunk(2, -1)
-            y = F.silu(gate).mul_(up)
         if residual is not None:
             y = torch.add(residual, y, alpha=scale)
         elif scale != 1.0:
             y = y * scale
         return _fp32(y, fp32_out)
 
+    def _by_torch(self, x: Tensor) -> Tensor:
+        assert self._weight is not None
+        bias: Any = self.bias
+        y = F.linear(x, self._weight, bias)
+        if self.activation == "swiglu":
+            gate, up = y.chunk(2, -1)
+            return F.silu(gate).mul_(up)
+        return F.gelu(y, approximate="tanh") if self.activation == "gelu_tanh" else y
+
+    def _by_onednn(self, x: Tensor) -> Tensor:
+        """The activation is part of the product where oneDNN knows it: SwiGLU's as that of the gates, by which the
+        ups are multiplied as they come."""
+        linear: Any = torch.ops.mkldnn._linear_pointwise
+        bias: Any = self.bias
+        if self.activation == "swiglu":
+            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+            gate = linear(x, self._packed[0], gate_bias, "swish", [], "")
+            y: Tensor = linear.binary(x, gate, self._packed[1], up_bias, "mul")
+            return y
+        after: Any = ("gelu", [], "tanh") if self.activation == "gelu_tanh" else ("none", [], "")
+        y = linear(x, *self._packed, bias, *after)
+        return y
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, bf16 (*ids.shape, K)."""
         if self._weight is None:
-            self._weight = self._packed.to_dense().bfloat16()
+            self._weight = torch.cat([half.to_dense().bfloat16() for half in self._packed])
         return F.embedding(ids, self._weight)
 
 

@@ -27,19 +27,25 @@ def chunked_causal_attention(query_THD: Tensor, keys_SGD: Tensor, values_SGD: Te
     keys_GDS = keys_SGD.permute(1, 2, 0)
     values_GSD = values_SGD.transpose(0, 1).contiguous()
     # Heads that share keys become rows of one product: (G, shared * T, D).
-    query_GRTD = (query_THD * scale).view(length, groups, shared, width).permute(1, 2, 0, 3)
+    query_GRTD = query_THD.view(length, groups, shared, width).permute(1, 2, 0, 3)
     out_GRTD = torch.empty(groups, shared, length, width, dtype=query_THD.dtype)
     keys_GDS = keys_GDS.contiguous() if length > 1 else keys_GDS
+    most = min(length, QUERIES_AT_ONCE)
+    ahead_TT = torch.ones(most, most, dtype=torch.bool).triu_(1)
+    room = [query_THD.new_empty(groups * shared * most * total) for _ in range(2)]  # for all chunks: no page faults
     for first in range(0, length, QUERIES_AT_ONCE):
         last = min(first + QUERIES_AT_ONCE, length)
         seen = total - length + last
         rows = last - first
         query = query_GRTD[:, :, first:last].reshape(groups, shared * rows, width)
-        scores = torch.bmm(query, keys_GDS[:, :, :seen])
+        shape = (groups, shared * rows, seen)
+        scores, weights = (memory[: groups * shared * rows * seen].view(shape) for memory in room)
+        torch.baddbmm(scores, query, keys_GDS[:, :, :seen], beta=0, alpha=scale, out=scores)  # beta 0: not added
         if rows > 1:
-            ahead_TS = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-            scores.view(groups, shared, rows, seen)[..., seen - rows :].masked_fill_(ahead_TS, float("-inf"))
-        attended = torch.bmm(scores.softmax(-1), values_GSD[:, :seen])
+            new = scores.view(groups, shared, rows, seen)[..., seen - rows :]
+            new.masked_fill_(ahead_TT[:rows, :rows], float("-inf"))
+        torch.softmax(scores, -1, out=weights)
+        attended = torch.bmm(weights, values_GSD[:, :seen])
         out_GRTD[:, :, first:last] = attended.view(groups, shared, rows, width)
     return out_GRTD.permute(2, 0, 1, 3).reshape(length, heads * width)
 

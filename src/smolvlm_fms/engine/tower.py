@@ -32,12 +32,21 @@ def full_attention(qkv_T3HD: Tensor, key_mask_T: Tensor | None, scale: float) ->
     query_HTD, key_HTD, value_HTD = qkv_T3HD.permute(1, 2, 0, 3)
     out_THD = qkv_T3HD.new_empty(tokens, heads, width)
     hidden = None if key_mask_T is None else torch.where(key_mask_T, 0.0, float("-inf")).to(qkv_T3HD.dtype)
+    # The same memory for all heads: fresh megabytes cost a page fault every 4 KB.
+    some = min(HEADS_AT_ONCE, heads)
+    scores, weights = (qkv_T3HD.new_empty(some, tokens, tokens) for _ in range(2))
+    attended = qkv_T3HD.new_empty(some, tokens, width)
     for head in range(0, heads, HEADS_AT_ONCE):
-        some = slice(head, head + HEADS_AT_ONCE)
-        scores = torch.bmm(query_HTD[some] * scale, key_HTD[some].transpose(1, 2))
+        part = slice(head, head + HEADS_AT_ONCE)
+        if heads - head < some:  # the last of an odd number
+            some = heads - head
+            scores, weights, attended = scores[:some], weights[:some], attended[:some]
+        keys = key_HTD[part].transpose(1, 2)
+        torch.baddbmm(scores, query_HTD[part], keys, beta=0, alpha=scale, out=scores)  # beta 0: not added
         if hidden is not None:
             scores += hidden
-        out_THD[:, some] = torch.bmm(scores.softmax(-1), value_HTD[some]).transpose(0, 1)
+        torch.softmax(scores, -1, out=weights)
+        out_THD[:, part] = torch.bmm(weights, value_HTD[part], out=attended).transpose(0, 1)
     return out_THD.flatten(1)
 
 
