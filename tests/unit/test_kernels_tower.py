@@ -71,16 +71,18 @@ def test_close_to_fp64(isa: str, activation: str, kind: str, bound: float, token
 @pytest.mark.parametrize("kind", ["bf16", "int8_channel"])
 def test_a_tile_does_not_depend_on_threads_and_stops_at_taps(kind: str) -> None:
     tower, _ = make_blocks(kind, heads=2)
-    hidden = torch.randn(50, WIDTH).bfloat16()
+    hidden, many = torch.randn(50, WIDTH).bfloat16(), torch.randn(400, WIDTH).bfloat16()
     before = torch.get_num_threads()
     try:
-        results = []
+        results, shared = [], []
         for threads in (1, 2, 5):  # five: more threads than heads
             torch.set_num_threads(threads)
             results.append(tower.run(hidden))
+            shared.append(tower.run(many))  # rows enough for threads to take pieces from each other
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(shared[0], shared[1]) and torch.equal(shared[0], shared[2])
     assert torch.equal(tower.run(hidden, None, 1, 1), hidden), "no block, nothing changed"
     halves = tower.run(tower.run(hidden, None, 0, 2), None, 2, 3)  # rounded to bf16 in between
     bound = 0.06 if kind == "bf16" else 0.12

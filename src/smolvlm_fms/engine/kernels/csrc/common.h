@@ -48,15 +48,40 @@ SVK_INLINE void expect_write(const void* p, long bytes) {
   for (long i = 0; i < bytes; i += 64) prefetch_to_write((const char*)p + i);
 }
 
-// Memory of one call, aligned to cache lines. Calls may run side by side, so nothing is static.
+// Memory of one call, aligned to cache lines. Calls may run side by side, so each has its own; one block of megabytes
+// outlives its call for the next one, because fresh memory is cleared page by page while both cores wait.
 struct Scratch {
   char* base;
-  explicit Scratch(long bytes) : base((char*)aligned_alloc(64, (size_t)round_up(bytes + 64, 64))) {
-    prefer_huge_pages(base, bytes);
+  explicit Scratch(long bytes) : base(nullptr) {
+    char* block = bytes >= LEAST_KEPT ? __atomic_exchange_n(&kept(), (char*)nullptr, __ATOMIC_ACQ_REL) : nullptr;
+    if (block && capacity(block) < bytes) free(block), block = nullptr;
+    if (!block) {
+      block = (char*)aligned_alloc(64, (size_t)round_up(bytes + 64, 64));
+      prefer_huge_pages(block, bytes + 64);
+      if (block) capacity(block) = bytes;
+    }
+    if (block) base = block + 64;
   }
-  ~Scratch() { free(base); }
+  ~Scratch() {
+    char* block = base ? base - 64 : nullptr;
+    if (block && capacity(block) >= LEAST_KEPT && capacity(block) <= MOST_KEPT)
+      block = __atomic_exchange_n(&kept(), block, __ATOMIC_ACQ_REL);
+    free(block);
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
+
+ private:
+#ifdef __SANITIZE_ADDRESS__
+  static constexpr long LEAST_KEPT = 1l << 62, MOST_KEPT = 0;  // a block that is too large would hide an overrun
+#else
+  static constexpr long LEAST_KEPT = 1 << 20, MOST_KEPT = 32 << 20;
+#endif
+  static long& capacity(char* block) { return *(long*)block; }
+  static char*& kept() {
+    static char* block = nullptr;
+    return block;
+  }
 };
 
 // Cuts aligned pieces from a scratch; with a null base it only measures.

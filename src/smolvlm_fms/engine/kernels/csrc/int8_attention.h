@@ -2,7 +2,7 @@
 //
 // Queries and keys are rounded to 8 bits with a scale a token, after the keys' mean over all tokens is taken away: that
 // moves all scores of a row by the same amount, which a softmax does not see, and leaves finer steps. (So does
-// SageAttention, arXiv 2410.02367.) Weights are rounded to 0 ... 255 of the largest in their row and block of keys; values
+// SageAttention, arXiv 2410.02367.) Weights become 0 ... 255 of the largest in their row and block of keys, values
 // to 8 bits with a scale a channel and block, after their mean is taken away. The weights' sum is that before rounding:
 // many small weights that become zero then pull towards the values' mean, not towards zero.
 #pragma once
@@ -46,7 +46,7 @@ SVK_INLINE long quad_slot(long q) { return 4 * (q % 4) + q / 4; }
 SVK_INLINE void mean_of_rows(const u16* const* rows, long count, long offset, long d, float* mean) {
   memset((void*)mean, 0, (size_t)padded_d(d) * 4);
   for (long t = 0; t < count; t++) {
-    expect_read(rows[lmin(t + 16, count - 1)] + offset, 2 * d);
+    expect_read(rows[lmin(t + 48, count - 1)] + offset, 2 * d);
     for (long c = 0; c < d; c += 16) store(mean + c, add(load(mean + c), load_bf16_n(rows[t] + offset + c, d - c)));
   }
   for (long c = 0; c < d; c += 16) store(mean + c, mul(load(mean + c), splat(1.0f / (float)lmax(1, count))));
@@ -111,7 +111,7 @@ struct Int8Rows {
   alignas(64) float scores[TILE_ROWS][KEY_BLOCK];  // without the row's factor
   alignas(64) uint8_t weights[TILE_ROWS][KEY_BLOCK];
   alignas(64) float sums[TILE_ROWS][256];          // of weights times values
-  // A lane a row: 2^(factor * score) is the weight; the largest exponent and the sum of the weights so far; those of the
+  // A lane a row: 2^(factor * score) is the weight; the largest exponent and the sum of the weights so far, those of the
   // block at hand; and what the block's and all earlier weights are multiplied by to be on a common scale.
   alignas(64) float factor[16], largest[16], total[16], block_largest[16], block_total[16], keep[16], join[16];
   int32_t start[TILE_ROWS];                        // -128 times the sum of a row's q, for the keys' + 128

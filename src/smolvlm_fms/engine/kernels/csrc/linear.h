@@ -1,6 +1,7 @@
 // Packed linears: out = residual + scale * activation(x W^T + bias), for weights of every kind.
 #pragma once
 #include "rows.h"
+#include "team.h"
 #include "tile.h"
 
 namespace SVK_ISA {
@@ -243,14 +244,35 @@ struct Epilogue {
   }
 };
 
+// A piece of the panel that comes next, a few lines with every tile of rows, so that it is in the second-level cache
+// when its turn comes: weights of a whole model come from memory each time.
+struct Upcoming {
+  const char *at = nullptr, *end = nullptr;
+  long step = 0;
+
+  // Piece `piece` of `pieces` of panel p, over `tiles` tiles; nothing beyond the last panel.
+  static Upcoming of(const svk_weights& w, long p, long piece, long pieces, long tiles) {
+    if (p * PANEL >= w.n) return {};
+    const long bytes = PANEL * w.k * (w.kind == SVK_BF16 ? 2 : 1);
+    const char* panel = (const char*)w.packed + p * bytes;
+    Range mine = share(bytes / 64, piece, pieces);
+    return {panel + mine.begin * 64, panel + mine.end * 64, ceil_div(mine.end - mine.begin, tiles) * 64};
+  }
+
+  void fetch() {
+    for (const char* stop = at + lmin(step, end - at); at < stop; at += 64) prefetch_far(at);
+  }
+};
+
 // Rows [begin, end) times 16-wide columns [first, first + count) of panel p.
 static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
-                       const Epilogue& e) {
+                       const Epilogue& e, Upcoming upcoming = {}) {
   const int step = rows_per_tile(w.kind);
   for (long m = rows.begin; m < rows.end; m += step) {
     int live = (int)lmin(step, rows.end - m);
     alignas(64) float sums[TILE_ROWS * PANEL];
     e.expect(m, live, p);
+    upcoming.fetch();
     with_rows<TILE_ROWS>(live, [&](auto m_const) {
       panel_any<decltype(m_const)::value>(w, p, a, m, first, count, sums);
     });
@@ -299,8 +321,8 @@ SVK_INLINE long widened_words(const svk_weights& w) { return w.kind >= SVK_INT8_
 
 // panel_rows, through the bf16 scratch when the activations are bf16 and the weights are not.
 SVK_INLINE void panel_rows_widened(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
-                                   u32* bf16_panel, const Epilogue& e) {
-  if (!a.bf16 || w.kind == SVK_BF16) return panel_rows(w, a, rows, p, first, count, e);
+                                   u32* bf16_panel, const Epilogue& e, const Upcoming& upcoming = {}) {
+  if (!a.bf16 || w.kind == SVK_BF16) return panel_rows(w, a, rows, p, first, count, e, upcoming);
   w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, bf16_panel) : dequantize_panel<4>(w, p, bf16_panel);
   svk_weights one = w;
   one.kind = SVK_BF16;
@@ -322,26 +344,36 @@ static void linear_by_columns(const svk_weights& w, const Rows& a, long rows, in
   }
 }
 
-// One thread's share of a grid of rows and columns: a panel stays in the core's cache while the rows pass by.
-static void linear_by_rows(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
-                           const Epilogue& e) {
+// One of `threads` parts of a grid of rows and columns: a panel stays in the core's cache while the rows pass by. With
+// `taken`, a counter for each part, the pieces of a part may be shared: who takes one counts it.
+static void linear_by_rows(const svk_weights& w, const Rows& a, long rows, int part, int threads, u32* bf16_panel,
+                           const Epilogue& e, long* taken) {
   const long tiles = ceil_div(rows, TILE_ROWS);
   long row_parts = lmax(1, lmin(threads, tiles / 4));  // runs of four tiles or more; threads left over cut the panels
   while (threads % row_parts) row_parts--;
-  Range my_tiles = share(tiles, thread % row_parts, row_parts);
-  Range mine = {my_tiles.begin * TILE_ROWS, lmin(my_tiles.end * TILE_ROWS, rows)};
-  Range panels = share(ceil_div(w.n, PANEL), thread / row_parts, threads / row_parts);
-  for (long p = panels.begin; p < panels.end; p++) {
+  const Range mine = share(tiles, part % row_parts, row_parts);
+  const Range panels = share(ceil_div(w.n, PANEL), part / row_parts, threads / row_parts);
+  const bool widened = a.bf16 && w.kind != SVK_BF16;  // a panel is widened for all rows
+  const long pieces = taken && !widened ? lmax(1, (mine.end - mine.begin) / 16) : 1;
+  long own = 0;
+  for (long i; (i = taken ? next_item(taken + part) : own++) < (panels.end - panels.begin) * pieces;) {
+    const long p = panels.begin + i / pieces;
+    Range piece = share(mine.end - mine.begin, i % pieces, pieces);
+    const Range run = {(mine.begin + piece.begin) * TILE_ROWS, lmin((mine.begin + piece.end) * TILE_ROWS, rows)};
     const int count = e.activation == SVK_SWIGLU ? 4 : (int)lmin(4, ceil_div(w.n - p * PANEL, 16));
-    panel_rows_widened(w, a, mine, p, 0, count, bf16_panel, e);
+    const Upcoming next =
+        widened ? Upcoming() : Upcoming::of(w, p + 1, i % pieces, pieces, lmax(1, piece.end - piece.begin));
+    panel_rows_widened(w, a, run, p, 0, count, bf16_panel, e, next);
   }
 }
 
-// This thread's part of a linear. Every thread of the team calls it with the same arguments but for its scratch.
+// This thread's part of a linear. Every thread of the team calls it with the same arguments but for its scratch. With
+// `taken`, `threads` zeros, a thread that is done helps the others: no two cores are equally fast for long.
 SVK_INLINE void linear_part(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
-                            const Epilogue& e) {
+                            const Epilogue& e, long* taken = nullptr) {
   if (ceil_div(rows, TILE_ROWS) < 4 * threads) return linear_by_columns(w, a, rows, thread, threads, bf16_panel, e);
-  linear_by_rows(w, a, rows, thread, threads, bf16_panel, e);
+  for (int other = 0; other < (taken ? threads : 1); other++)
+    linear_by_rows(w, a, rows, (thread + other) % threads, threads, bf16_panel, e, taken);
 }
 
 }  // namespace SVK_ISA

@@ -12,7 +12,7 @@ struct Prefill {
   // Shared by the team; widths are padded to 64.
   float* x = nullptr;                                                      // [rows][width]: the residual stream
   u16 *normed = nullptr, *qkv = nullptr, *attended = nullptr, *h = nullptr;  // [rows][width, qkv, heads * d, ff]
-  long* counters = nullptr;
+  long* counters = nullptr;  // [layers] for attention's tiles, then [layers][4][threads] for the linears
   // Each thread's own.
   float* y = nullptr;
   u32* panel = nullptr;
@@ -23,13 +23,15 @@ struct Prefill {
   long attended_stride() const { return round_up(m.heads * m.d, 64); }
   long h_stride() const { return round_up(m.ff, 64); }
 
+  long counter_count() const { return m.layers * (1 + 4 * team.threads); }
+
   void carve_shared(Carver& from) {
     x = from.take<float>(a.rows * x_stride());
     normed = from.take<u16>(a.rows * x_stride());
     qkv = from.take<u16>(a.rows * qkv_width(m));
     attended = from.take<u16>(a.rows * attended_stride());
     h = from.take<u16>(a.rows * h_stride());
-    counters = from.take<long>(m.layers);
+    counters = from.take<long>(counter_count());
   }
 
   void carve_own(Carver& from) {
@@ -48,10 +50,12 @@ struct Prefill {
     team.wait();
   }
 
-  void run_linear(const svk_weights& w, const u16* in, long in_stride, const Epilogue& e) {
+  // Linear `index` of a layer's four.
+  void run_linear(long layer, int index, const svk_weights& w, const u16* in, long in_stride, const Epilogue& e) {
     Rows rows;
     rows.bf16 = in, rows.stride = in_stride;
-    linear_part(w, rows, a.rows, team.thread, team.threads, panel, e);
+    long* taken = counters + m.layers + (layer * 4 + index) * team.threads;
+    linear_part(w, rows, a.rows, team.thread, team.threads, panel, e, taken);
     team.wait();
   }
 
@@ -73,12 +77,12 @@ struct Prefill {
   void run_layer(long index) {
     const svk_layer& l = m.layer[index];
     norm(l.attention_norm);
-    run_linear(l.qkv, normed, x_stride(), to_bf16(l.qkv, SVK_NONE, qkv, qkv_width(m)));
+    run_linear(index, 0, l.qkv, normed, x_stride(), to_bf16(l.qkv, SVK_NONE, qkv, qkv_width(m)));
     attention(index);
-    run_linear(l.out, attended, attended_stride(), add_to(m, l.out, x, x_stride()));
+    run_linear(index, 1, l.out, attended, attended_stride(), add_to(m, l.out, x, x_stride()));
     norm(l.mlp_norm);
-    run_linear(l.gate_up, normed, x_stride(), to_bf16(l.gate_up, SVK_SWIGLU, h, h_stride()));
-    run_linear(l.down, h, h_stride(), add_to(m, l.down, x, x_stride()));
+    run_linear(index, 2, l.gate_up, normed, x_stride(), to_bf16(l.gate_up, SVK_SWIGLU, h, h_stride()));
+    run_linear(index, 3, l.down, h, h_stride(), add_to(m, l.down, x, x_stride()));
   }
 
   // The last layer where nobody asks for all rows' hidden states: keys and values of every row, and the rest of the
@@ -87,7 +91,7 @@ struct Prefill {
     const svk_layer& l = m.layer[index];
     const long last_row = a.rows - 1;
     norm(l.attention_norm);
-    run_linear(l.qkv, normed, x_stride(), to_bf16(l.qkv, SVK_NONE, qkv, qkv_width(m)));
+    run_linear(index, 0, l.qkv, normed, x_stride(), to_bf16(l.qkv, SVK_NONE, qkv, qkv_width(m)));
     svk_causal_attention_args args = {qkv, attended, a.rows, attended_stride(), m.heads, m.kv_heads, m.d, index,
                                       a.starts[0], a.positions[0], m.attention_scale, team.threads};
     store_rows(cache, m.rope, args, team.thread, team.threads);
@@ -132,7 +136,7 @@ struct Prefill {
       memset((void*)(h + r * h_stride()), 0, (size_t)h_stride() * 2);
       memset((void*)(attended + r * attended_stride()), 0, (size_t)attended_stride() * 2);
     }
-    for (long l = team.thread; l < m.layers; l += team.threads) counters[l] = 0;
+    for (long i = team.thread; i < counter_count(); i += team.threads) counters[i] = 0;
     team.wait();
     const bool whole = a.normed || team.threads > a.rows;  // run_last_layer keeps a row of `normed` for each thread
     for (long l = 0; l < m.layers - !whole; l++) run_layer(l);

@@ -15,7 +15,7 @@ struct TowerRun {
   float* x = nullptr;                                                        // [tokens][width]: the residual stream
   u16 *normed = nullptr, *qkv = nullptr, *attended = nullptr, *h = nullptr;  // [tokens][width, 3 width, width, ff]
   Rows rows = {};
-  long* counters = nullptr;
+  long* counters = nullptr;  // [layers] for attention's heads, then [layers][4][threads] for the linears
   // Each thread's own.
   float* y = nullptr;
   u32 *keys = nullptr, *values = nullptr;
@@ -30,13 +30,15 @@ struct TowerRun {
   long h_stride() const { return round_up(m.ff, 64); }
   long widest() const { return lmax(lmax(x_stride(), h_stride()), attended_stride()); }
 
+  long counter_count() const { return m.layers * (1 + 4 * team.threads); }
+
   void carve_shared(Carver& from) {
     x = from.take<float>(a.tokens * x_stride());
     normed = from.take<u16>(a.tokens * x_stride());
     qkv = from.take<u16>(a.tokens * 3 * attended_width());
     attended = from.take<u16>(a.tokens * attended_stride());
     h = from.take<u16>(a.tokens * h_stride());
-    counters = from.take<long>(m.layers);
+    counters = from.take<long>(counter_count());
     if (quantized) rows = Rows::carve(from, SVK_INT8_CHANNEL, a.tokens, widest());
   }
 
@@ -80,8 +82,10 @@ struct TowerRun {
     return prepare(w, [&](long r, float* to) { widen_row(in + r * stride, width, to); });
   }
 
-  void run_linear(const svk_weights& w, const Rows& in, const Epilogue& e) {
-    linear_part(w, in, a.tokens, team.thread, team.threads, nullptr, e);
+  // Linear `index` of a layer's four.
+  void run_linear(long layer, int index, const svk_weights& w, const Rows& in, const Epilogue& e) {
+    long* taken = counters + m.layers + (layer * 4 + index) * team.threads;
+    linear_part(w, in, a.tokens, team.thread, team.threads, nullptr, e, taken);
     team.wait();
   }
 
@@ -122,12 +126,13 @@ struct TowerRun {
 
   void run_layer(long index) {
     const svk_tower_layer& l = m.layer[index];
-    run_linear(l.qkv, prepare_normed(l.qkv, l.attention_norm, l.attention_norm_bias),
+    run_linear(index, 0, l.qkv, prepare_normed(l.qkv, l.attention_norm, l.attention_norm_bias),
                to_bf16(l.qkv, SVK_NONE, qkv, 3 * attended_width()));
     attention(index);
-    run_linear(l.out, prepare_bf16(l.out, attended, attended_width(), attended_stride()), to_stream(l.out));
-    run_linear(l.up, prepare_normed(l.up, l.mlp_norm, l.mlp_norm_bias), to_bf16(l.up, m.activation, h, h_stride()));
-    run_linear(l.down, prepare_bf16(l.down, h, m.ff, h_stride()), to_stream(l.down));
+    run_linear(index, 1, l.out, prepare_bf16(l.out, attended, attended_width(), attended_stride()), to_stream(l.out));
+    run_linear(index, 2, l.up, prepare_normed(l.up, l.mlp_norm, l.mlp_norm_bias),
+               to_bf16(l.up, m.activation, h, h_stride()));
+    run_linear(index, 3, l.down, prepare_bf16(l.down, h, m.ff, h_stride()), to_stream(l.down));
   }
 
   void run() {
@@ -141,7 +146,7 @@ struct TowerRun {
     }
     memset((void*)keys, 0, (size_t)key_words(a.tokens, m.d) * 4);  // keys and values past the last one are read
     memset((void*)values, 0, (size_t)value_words(a.tokens, m.d) * 4);
-    for (long l = team.thread; l < m.layers; l += team.threads) counters[l] = 0;
+    for (long i = team.thread; i < counter_count(); i += team.threads) counters[i] = 0;
     team.wait();
     for (long l = a.first; l < a.last; l++) run_layer(l);
     for (long r = mine.begin; r < mine.end; r++) {

@@ -11,7 +11,7 @@ SVK_INLINE long pack_head(const svk_vision_attention_args& a, long b, long h, u3
   long packed = 0;
   for (long t = 0; t < a.tokens; t++) {
     if (a.key_mask && !a.key_mask[b * a.tokens + t]) continue;
-    const u16* ahead = first + lmin(t + 16, a.tokens - 1) * row;
+    const u16* ahead = first + lmin(t + 48, a.tokens - 1) * row;
     expect_read(ahead, 2 * a.d), expect_read(ahead + head_row, 2 * a.d);
     pack_key(first + t * row, a.d, keys, packed);
     pack_value(first + t * row + head_row, a.d, values, packed);
