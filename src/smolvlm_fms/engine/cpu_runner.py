@@ -76,7 +76,7 @@ def _leave_the_file(model: Any) -> None:
     table = None if model.text_model.tied else getattr(model.text_model.base_model.embedding, "weight", None)
     for parameter in model.parameters():
         if parameter.dim() < 2 or parameter is table or parameter.numel() <= SMALL:
-            parameter.data = kernels.empty(tuple(parameter.shape), parameter.dtype).copy_(parameter.data)
+            parameter.data = parameter.data.clone()
 
 
 def _tower(model: SmolVLM | LlavaNext) -> Any:
