@@ -6,7 +6,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from draw import CANVAS, COLOURS, Picture, add_text, rgb
+from draw import CANVAS, COLOURS, Picture, add_text, font, rgb
 from wordings import Turn, ask, options, yes_no
 from world import World
 
@@ -33,27 +33,40 @@ def canvas(rng: Random) -> Picture:
     return Picture(Image.new("RGB", (CANVAS, CANVAS), tint))
 
 
-def axes(picture: Picture, rng: Random, box: tuple[float, float, float, float]) -> None:
-    """Spines, sometimes a whole frame, a grid, ticks."""
+def axes(picture: Picture, rng: Random, box: tuple[float, float, float, float], path: str = "") -> None:
+    """A panel, spines or a whole frame, a grid, ticks and, with a font, small numbers at them: each only sometimes."""
     draw = ImageDraw.Draw(picture.image)
     left, top, right, bottom = box
-    ink = (rng.randint(0, 120),) * 3
-    if rng.random() < 0.4:
-        pale = (rng.randint(200, 226),) * 3
-        for i in range(1, 5):
-            y = bottom + (top - bottom) * i / 5
-            draw.line([(left, y), (right, y)], fill=pale, width=2)
+    ink, pale = (rng.randint(0, 120),) * 3, (rng.randint(200, 226),) * 3
+    if rng.random() < 0.3:  # a tinted panel, mostly with a white grid
+        shade = rng.randint(222, 246)
+        draw.rectangle([left, top, right, bottom], fill=tuple(min(255, shade + rng.randint(-12, 9)) for _ in "rgb"))
+        pale = (255, 255, 255) if rng.random() < 0.7 else pale
+    rungs = rng.randint(3, 8)
+    heights = [bottom + (top - bottom) * i / rungs for i in range(rungs + 1)]
+    if rng.random() < 0.5:
+        for y in heights[1:]:
+            draw.line([(left, y), (right, y)], fill=pale, width=rng.choice([1, 2, 2]))
+        if rng.random() < 0.5:
+            posts = rng.randint(2, 6)
+            for i in range(posts):
+                x = left + (right - left) * (i + 0.5) / posts
+                draw.line([(x, top), (x, bottom)], fill=pale, width=2)
     width = rng.choice([2, 2, 3, 4])
-    if rng.random() < 0.45:
+    frame = rng.random()
+    if frame < 0.4:
         draw.rectangle([left, top, right, bottom], outline=ink, width=width)
-    else:
+    elif frame < 0.85:
         draw.line([(left, bottom), (right, bottom)], fill=ink, width=width)
         if rng.random() < 0.7:
             draw.line([(left, top), (left, bottom)], fill=ink, width=width)
     if rng.random() < 0.5:
-        for i in range(6):
-            y = bottom + (top - bottom) * i / 5
+        for y in heights:
             draw.line([(left - 6, y), (left, y)], fill=ink, width=2)
+    if path and rng.random() < 0.5:  # too small to be asked about
+        face = font(path, rng.choice([12, 16]))
+        for i, y in enumerate(heights):
+            draw.text((left - 7, y), str(i), font=face, fill=ink, anchor="rm")
 
 
 def chart(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
@@ -71,17 +84,17 @@ def bars(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     count = rng.randint(2, 5)
     picture = canvas(rng)
     lettered = rng.random() < 0.5 and bool(world.fonts)
-    valued = rng.random() < 0.35 and bool(world.fonts) and count < 5
+    valued = rng.random() < 0.5 and bool(world.fonts) and count < 5
     several = not lettered or rng.random() < 0.4
     colours = unlike_colours(rng, count) if several else [rng.choice(_BRIGHT)] * count
     letters = list("ABCDE")[:count] if rng.random() < 0.6 else sorted(rng.sample("ABCDEFGHKLMNPRSTXYZ", count))
     values = rng.sample(range(1, 10), count)
     left, right, top = rng.uniform(12, 40), CANVAS - rng.uniform(8, 24), rng.uniform(46, 56) if valued else 18
     bottom = CANVAS - (rng.uniform(44, 52) if lettered else rng.uniform(14, 36))
-    axes(picture, rng, (left, top if not valued else 8, right, bottom))
+    path = rng.choice(world.fonts) if world.fonts else ""
+    axes(picture, rng, (left, top if not valued else 8, right, bottom), "" if valued else path)
     step = (right - left) / count
     share = rng.uniform(0.5, 0.85)
-    path = rng.choice(world.fonts) if world.fonts else ""
     for i, (colour, value) in enumerate(zip(colours, values, strict=True)):
         x0 = left + step * (i + 0.5 - share / 2)
         y0 = bottom - (bottom - top) * value / max(values)
@@ -163,8 +176,8 @@ def line(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """A line that rises or falls."""
     picture, colour = canvas(rng), rng.choice(_BRIGHT)
     box = rng.uniform(12, 36), rng.uniform(12, 30), CANVAS - rng.uniform(8, 24), CANVAS - rng.uniform(14, 36)
-    axes(picture, rng, box)
-    count, up = rng.randint(3, 8), rng.random() < 0.5
+    axes(picture, rng, box, rng.choice(world.fonts) if world.fonts else "")
+    count, up = rng.randint(3, 9), rng.random() < 0.5
     levels = [(i + rng.uniform(-0.45, 0.45)) / (count - 1) for i in range(count)]
     low, high = rng.uniform(0.05, 0.3), rng.uniform(0.7, 0.95)
     levels = [low + (high - low) * v for v in (levels if up else levels[::-1])]
@@ -174,7 +187,7 @@ def line(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         for i, v in enumerate(levels)
     ]
     mask, cover = Image.new("L", (CANVAS, CANVAS), 0), Image.new("L", (CANVAS, CANVAS), 0)
-    pen = rng.choice([4, 5, 6, 8])
+    pen = rng.choice([4, 5, 6, 8, 10])
     ImageDraw.Draw(mask).line(points, fill=255, width=pen, joint="curve")
     if rng.random() < 0.4:
         for px, py in points:

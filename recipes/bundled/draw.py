@@ -35,8 +35,13 @@ _HSV = {
 }  # fmt: skip
 
 
-def rgb(colour: str, rng: Random) -> tuple[int, int, int]:
-    """One of the many shades that go by the name."""
+_NAMELESS_HUES = ((66, 90), (158, 200), (246, 260), (294, 316))
+
+
+def rgb(colour: str | None, rng: Random) -> tuple[int, int, int]:
+    """One of the many shades that go by the name; without a name one between the names: lime, teal, indigo, magenta."""
+    if colour is None:
+        return _from_hsv(rng.uniform(*rng.choice(_NAMELESS_HUES)), rng.uniform(0.4, 1), rng.uniform(0.55, 1))
     (h0, h1), (s0, s1), (v0, v1) = _HSV[colour]
     return _from_hsv(rng.uniform(h0, h1), rng.uniform(s0, s1), rng.uniform(v0, v1))
 
@@ -178,8 +183,10 @@ def shape_mask(shape: str, radius: float, rng: Random) -> Image.Image:
     return mask
 
 
-def add_shape(picture: Picture, shape: str, colour: str, xy: tuple[float, float], radius: float, rng: Random) -> None:
-    """Draw a shape centred at xy (canvas pixels); sometimes with a dark or light rim."""
+def add_shape(
+    picture: Picture, shape: str, colour: str | None, xy: tuple[float, float], radius: float, rng: Random
+) -> None:
+    """Draw a shape centred at xy (canvas pixels), without a colour's name in one that has none."""
     mask = shape_mask(shape, radius, rng)
     corner = round(xy[0] - mask.width / 2), round(xy[1] - mask.height / 2)
     picture.stamp(mask, corner, rgb(colour, rng), shape, colour)
@@ -232,7 +239,7 @@ def _tinted(image: Image.Image, rng: Random) -> Image.Image:
 
 
 def add_sketch(picture: Picture, ink: np.ndarray, kind: str, colour: str, rng: Random) -> None:
-    """Draw a sketch (`ink`, 28×28 uint8) with a pen of some width: turned, stretched and mirrored a little."""
+    """Draw a sketch (`ink`, 28×28 uint8) with a pen of some width: turned, slanted, stretched or mirrored."""
     image = Image.fromarray(ink)
     image = image.crop(image.getbbox())
     if rng.random() < 0.5:
@@ -240,6 +247,14 @@ def add_sketch(picture: Picture, ink: np.ndarray, kind: str, colour: str, rng: R
     scale = rng.uniform(130, 225) / max(image.size)
     size = [max(20, round(side * scale * rng.uniform(0.85, 1.12))) for side in image.size]
     image = image.resize((min(size[0], 244), min(size[1], 244)), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:  # leaning to one side
+        lean = rng.uniform(-0.3, 0.3)
+        wider = image.width + round(abs(lean) * image.height)
+        shift = lean * image.height if lean > 0 else 0
+        data = (1, lean, -shift, 0, 1, 0)
+        image = image.transform(
+            (min(wider, 244), image.height), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR
+        )
     if rng.random() < 0.7:
         image = image.rotate(rng.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
     least = rng.uniform(40, 120)  # a low threshold makes a thick pen

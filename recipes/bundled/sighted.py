@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from conversations import Conversations
 from symbols import Symbols, total
 
-WINDOW = 8
+WINDOW = 16
 """Batches that are drawn together and sorted by length, so that rows are padded little."""
 
 
@@ -50,12 +50,12 @@ class DenseBatches:
         self.extra: dict[str, Tensor] = {}
 
     def window(self, number: int) -> list[Batch]:
-        """The batches of a window, in an order of its own."""
+        """The batches of a window, in an order of its own; the same for all processes, which then wait little."""
         size = self.batch_size * WINDOW
         rows = [self.dataset.with_targets(index) for index in range(number * size, (number + 1) * size)]
         rows.sort(key=lambda row: row[0].length)
         batches = [self.batch(rows[first : first + self.batch_size]) for first in range(0, size, self.batch_size)]
-        Random(number).shuffle(batches)
+        Random(number // self.world).shuffle(batches)
         return batches
 
     def batch(self, rows: list[Any]) -> Batch:

@@ -73,6 +73,8 @@ def side_turns(rng: Random, noun: str, x: float, y: float) -> list[Turn]:
 def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """One shape: what, which colour, how big, where."""
     shape, colour = world.combo(rng)
+    # shapes in colours that are nobody's: or else a tower takes a shape and its usual colours for one thing
+    nameless = not world.held_out and rng.random() < 0.2
     picture = background(rng, {colour})
     big = rng.random() < 0.4
     radius = rng.uniform(72, 112) if big else rng.uniform(24, 42)
@@ -80,14 +82,16 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     x, y = rng.uniform(lowest, highest), rng.uniform(lowest, highest)
     if not big and rng.random() < 0.5:
         x, y = (rng.choice([rng.uniform(28, 80), rng.uniform(112, 144), rng.uniform(176, 228)]) for _ in "xy")
-    add_shape(picture, shape, colour, (x, y), radius, rng)
+    add_shape(picture, shape, None if nameless else colour, (x, y), radius, rng)
     size = "big" if big else "small"
     turns = [
         rng.choice(thing_turns(rng, shape, "shape", list(SHAPES), "shape")),
         ask(rng, "colour", colour, shape=shape),
         ask(rng, "size", size, shape=shape),
     ]
-    if rng.random() < 0.4:
+    if nameless:
+        turns.pop(1)
+    elif rng.random() < 0.4:
         claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
         turns[1] = ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim)
     where = place_of(x, y)
@@ -97,6 +101,8 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     if picture.background and rng.random() < 0.5:
         turns.append(ask(rng, "background", picture.background))
     rng.shuffle(turns)
+    if nameless:
+        return picture, turns
     spot = f" at the {where}" if where and not big else ""
     turns.append(ask(rng, "description", article(f"{size} {colour} {shape}") + spot))
     return picture, turns
@@ -163,7 +169,8 @@ def count(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         kind, shade = second if index < others else (shape, colour)
         if mixed:
             kind, shade = world.combo(rng, shape=shape, avoid={picture.background or ""})
-        add_shape(picture, kind, shade, spot, radius * rng.uniform(0.8, 1.0), rng)
+        named = None if mixed and rng.random() < 0.3 else shade
+        add_shape(picture, kind, named, spot, radius * rng.uniform(0.8, 1.0), rng)
     turns = [ask(rng, "count", str(total))]
     if others:
         for (kind, shade), number in ((second, others), ((shape, colour), total - others)):
@@ -223,9 +230,9 @@ def number(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
 
 
 def word(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
-    """One or two words in capitals, of two to five letters; in training three in ten are letters drawn at random."""
+    """One to six words in capitals, of two to five letters; in training three in ten are letters drawn at random."""
     words = []
-    for _ in range(2 if rng.random() < 0.25 else 1):
+    for _ in range(rng.choices([1, 2, 3, 4, 5, 6], [0.55, 0.22, 0.09, 0.06, 0.04, 0.04])[0]):
         if world.held_out or rng.random() < 0.7:
             words.append(rng.choice(world.words).upper())
         else:
@@ -253,6 +260,9 @@ def flag(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     return picture, turns
 
 
+WITHOUT_ARTICLE = ("glasses", "headphones", "lightning", "pants", "scissors")
+
+
 def sketch(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """One sketch, with a dark pen on light paper or the other way round."""
     kinds = list(world.sketches)
@@ -261,9 +271,8 @@ def sketch(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     picture = background(rng, set(COLOURS) - ({"black", "blue"} if colour == "white" else {"white", "yellow"}))
     add_sketch(picture, rng.choice(world.sketches[kind]), kind, colour, rng)
     claim = kind if rng.random() < 0.5 else rng.choice([k for k in kinds if k != kind])
-    plain = ("glasses", "headphones", "lightning", "pants", "scissors")  # words that take no "a"
     closed = [ask(rng, "sketch choice", kind, options=options(rng, kind, kinds))]
-    if claim not in plain:
+    if claim not in WITHOUT_ARTICLE:
         closed.append(ask(rng, "is sketch", yes_no(claim == kind), a_claim=article(claim)))
     turns = [rng.choice(closed), ask(rng, "sketch", kind)]
     rng.shuffle(turns)
@@ -318,11 +327,11 @@ MAKERS: dict[str, Maker] = {
 }  # fmt: skip
 """Skill → what draws it: one `Picture` (a list of them for `two` and `video`) and the questions about it."""
 SINGLE_PICTURE = {
-    "single": 0.08, "pair": 0.11, "count": 0.09, "number": 0.08, "word": 0.15, "emoji": 0.21, "flag": 0.09,
-    "sketch": 0.11, "chart": 0.08,
+    "single": 0.07, "pair": 0.14, "count": 0.14, "number": 0.06, "word": 0.18, "emoji": 0.13, "flag": 0.05,
+    "sketch": 0.10, "chart": 0.15,
 }  # fmt: skip
 """The mixture of the warm-up: what is one picture."""
-MIXTURE = {**SINGLE_PICTURE, "two": 0.06, "video": 0.05}
+MIXTURE = {**SINGLE_PICTURE, "two": 0.08, "video": 0.045}
 _KIND_INDEX = {name: index for index, name in enumerate(KINDS)}
 
 
