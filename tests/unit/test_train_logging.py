@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,11 @@ def test_weights_and_biases_runs_off_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WANDB_SILENT", "true")
     trained(tmp_path, log={"bar": False, "trackers": ["wandb"]})
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    records = written.read_bytes()
-    for name in (b"grad_norm", b"eval_loss", b"exact_match", b"generation/0"):
-        assert name in records
+    names = (b"grad_norm", b"eval_loss", b"exact_match", b"generation/0")
+    deadline = time.monotonic() + 60  # a process of wandb's own writes, and may go on after `finish` has returned
+    while not all(name in written.read_bytes() for name in names) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [name for name in names if name not in written.read_bytes()] == []
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(
