@@ -30,7 +30,7 @@ from smolvlm_fms.training import IGNORE  # noqa: E402
 SEEING = {
     "single": {"shape", "choice", "colour", "size", "left or right", "top or bottom"},
     "pair": {"colour of", "shape of", "side", "side colour", "bigger"},
-    "count": {"colour", "colour of all"},  # how many is near guessing: RESULTS.json
+    "count": {"count", "count of kind", "colour of all", "shape of all"},
     "chart": {"tallest colour", "shortest colour", "biggest slice", "line direction", "line colour", "count of bars"},
     "two": {"shape in picture", "colour in picture", "picture of bigger", "picture with"},
     "video": {"direction", "moves", "colour"},

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from smolvlm_fms.errors import ConfigurationError, TrainingError
 from smolvlm_fms.training import Evaluator, SampleBatches, TrainConfig, Trainer
 from smolvlm_fms.training.config import OptimConfig
 from smolvlm_fms.training.loss import token_loss
-from smolvlm_fms.training.optimizer import rate_at
+from smolvlm_fms.training.optimizer import build_optimizer, rate_at
 from tests.unit.training_helpers import PAD, STOP, Colours, read_lines, tiny_model
 
 
@@ -122,6 +124,22 @@ def test_muon_turns_the_blocks_matrices_and_adamw_the_rest(tmp_path: Path) -> No
     assert remembered["vision_tower.layers.0.mlp.w1.weight"] == {"momentum_buffer"}
     for name in ("connector.proj.weight", "text_model.base_model.embedding.weight", "vision_tower.layers.0.ln1.weight"):
         assert remembered[name] == {"step", "exp_avg", "exp_avg_sq"}, name
+
+
+def test_muon_says_where_it_is_not_for(tmp_path: Path) -> None:
+    frozen = {"tower": {"train": False}, "text": {"train": False}, "optim": {"kind": "muon"}}
+    with pytest.raises(ConfigurationError, match="none of them is trained"):
+        Trainer(config_for(tmp_path / "connector", **frozen), tiny_model(), batches())
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = tiny_model()
+        layer = model.text_model.base_model.layers[0].attn.dense
+        layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(ConfigurationError, match="sharded runs take adamw"):
+            build_optimizer(model, config_for(tmp_path / "sharded", optim={"kind": "muon"}))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_run_may_go_on_with_the_other_optimizer(tmp_path: Path) -> None:

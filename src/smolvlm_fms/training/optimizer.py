@@ -87,7 +87,7 @@ def moments(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
 def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Groups for each part, kind of decay and mesh; norms, biases and embeddings do not decay.
 
-    Raises ConfigurationError for Muon where weights are sharded.
+    Raises ConfigurationError for Muon where weights are sharded, or where nothing is trained that it is for.
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups: dict[tuple[str, bool, bool, Any], list[Tensor]] = {}
@@ -108,6 +108,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
         (matrices if turned else others).append({
             "params": parameters, "part": part, "base_lr": rate, "lr": rate, "weight_decay": decay if decays else 0.0,
         })  # fmt: skip
+    if not matrices and optim.kind == "muon":
+        raise ConfigurationError(
+            "optim.kind is muon, which is for the matrices of tower and text, and none of them is trained: adapters "
+            "(LoRA) and the connector take adamw."
+        )
     if not matrices:
         return torch.optim.AdamW(others, betas=optim.betas, eps=optim.eps, fused=True)
     # "match_rms_adamw": steps as large as AdamW's, so that its learning rates serve both.
