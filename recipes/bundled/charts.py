@@ -7,7 +7,7 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from draw import CANVAS, COLOURS, Picture, add_text, font, rgb
-from wordings import Turn, ask, options, yes_no
+from wordings import Turn, ask, options, rounds, yes_no
 from world import World
 
 KINDS_OF_CHART = ["bar chart", "pie chart", "line chart"]
@@ -71,7 +71,7 @@ def axes(picture: Picture, rng: Random, box: tuple[float, float, float, float], 
 
 def chart(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """A bar chart, a pie chart or a line chart."""
-    return rng.choices([bars, pie, line], [0.6, 0.25, 0.15])[0](world, rng)
+    return rng.choices([bars, pie, line], [0.85, 0.1, 0.05])[0](world, rng)
 
 
 def kind_turn(rng: Random, kind: str) -> Turn:
@@ -84,7 +84,7 @@ def bars(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     count = rng.randint(2, 5)
     picture = canvas(rng)
     lettered = rng.random() < 0.5 and bool(world.fonts)
-    valued = rng.random() < 0.5 and bool(world.fonts) and count < 5
+    valued = rng.random() < 0.85 and bool(world.fonts) and count < 5
     several = not lettered or rng.random() < 0.4
     colours = unlike_colours(rng, count) if several else [rng.choice(_BRIGHT)] * count
     letters = list("ABCDE")[:count] if rng.random() < 0.6 else sorted(rng.sample("ABCDEFGHKLMNPRSTXYZ", count))
@@ -105,7 +105,8 @@ def bars(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
             add_text(picture, letters[i], path, "black", rng, 30, (bottom, CANVAS), columns)
         if valued:
             add_text(picture, str(value), path, "black", rng, 28, (max(0, y0 - 46), y0 + 2), columns)
-    return picture, bar_turns(rng, values, colours if several else None, letters if lettered else None, valued)
+    names = colours if several else None, letters if lettered else None
+    return picture, rounds(lambda: bar_turns(rng, values, *names, valued), world.rounds, 14)
 
 
 def bar_turns(
@@ -159,17 +160,21 @@ def pie(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
             )
         start = stop
     big, small = weights.index(max(weights)), weights.index(min(weights))
-    i, j = rng.sample(range(count), 2)
-    turns = [
-        ask(rng, "count of slices", str(count)),
-        kind_turn(rng, "pie chart"),
-        ask(rng, "biggest slice", colours[big]),
-        ask(rng, "smallest slice", colours[small]),
-    ]
-    if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
-        turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
-    rng.shuffle(turns)
-    return picture, turns
+
+    def draw_turns() -> list[Turn]:
+        i, j = rng.sample(range(count), 2)
+        turns = [
+            ask(rng, "count of slices", str(count)),
+            kind_turn(rng, "pie chart"),
+            ask(rng, "biggest slice", colours[big]),
+            ask(rng, "smallest slice", colours[small]),
+        ]
+        if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
+            turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
+        rng.shuffle(turns)
+        return turns
+
+    return picture, rounds(draw_turns, world.rounds)
 
 
 def line(world: World, rng: Random) -> tuple[Picture, list[Turn]]:

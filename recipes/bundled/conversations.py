@@ -92,11 +92,12 @@ class Conversations:
         return self.with_targets(index)[0]
 
     def with_targets(self, index: int) -> tuple[Sample, Row, Tensor]:
-        """The sample, its row with places and branches, and the dense targets (N, 5, 64) of its pictures."""
+        """The sample, its row with places and branches, and the dense targets (N, 6, 64) of its pictures."""
         if self._ready is None:  # in the worker that reads, not in the process that starts it
             self._ready = skills.World.load(self.work, held_out=False), Writer(self.work)
         world, writer = self._ready
-        made = skills.make(world, index, pixels=self.pixels)
+        mixture = skills.MIXTURE if self.pixels else skills.LESSONS
+        made = skills.make(world, index, mixture=mixture, pixels=self.pixels)
         rng = random.Random(index)
         fps = rng.choice([24.0, 24.0, 1.0]) if made.is_video else None  # frames in a list count as 24 a second
         row = writer.row(made.turns, len(made.targets), fps, apart=rng.random() < 5 / 6)

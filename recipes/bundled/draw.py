@@ -18,9 +18,10 @@ CANVAS, TILE, GRID = 256, 128, 8
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "diamond", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-FIELDS = ("kind", "colour", "centre", "size", "height")
-"""Dense targets of a patch: what rules it, of which colour, whether that object's middle lies in it, and how large the
-object is (root of its visible area, and height, both in patches)."""
+FIELDS = ("kind", "colour", "centre", "size", "height", "second")
+"""Dense targets of a patch: what rules it, of which colour, whether that object's middle lies in it, how large the
+object is (root of its visible area, and height, both in patches), and which character has its middle there, too (0 for
+none: small letters share patches)."""
 UNKNOWN = -100
 """A target that says nothing (and costs nothing)."""
 
@@ -71,13 +72,14 @@ class Picture:
         self.cover.paste(len(self.kinds), at, mask.point(lambda v: 255 if v > 100 else 0))
 
     def targets(self, kind_index: dict[str, int]) -> np.ndarray:
-        """Dense targets (5, 64) int64 in the order of `FIELDS`; `kind_index` numbers the kinds, 0 is background."""
+        """Dense targets (6, 64) int64 in the order of `FIELDS`; `kind_index` numbers the kinds, 0 is background."""
         step = CANVAS // 64
         cover = np.asarray(self.cover)[step // 2 :: step, step // 2 :: step]
         cells = cover.reshape(GRID, 8, GRID, 8).transpose(0, 2, 1, 3).reshape(GRID * GRID, 64)
         owner = np.zeros(GRID * GRID, np.int64)
         most = np.full(GRID * GRID, 15)  # of 64 samples: under a quarter covered is background
         table = np.full((5, len(self.kinds) + 1), UNKNOWN, np.int64)
+        second = np.zeros((1, GRID * GRID), np.int64)
         table[:3, 0] = 0, COLOURS.index(self.background) if self.background else UNKNOWN, 0
         middles: list[tuple[int, int]] = []
         for index, (kind, colour) in enumerate(zip(self.kinds, self.colours, strict=True), 1):
@@ -91,9 +93,14 @@ class Picture:
             shade = COLOURS.index(colour) if colour else UNKNOWN
             table[:, index] = kind_index[kind], shade, 0, min(size, GRID), min(height, GRID)
             middles.append((int(rows.mean() // 8) * GRID + int(columns.mean() // 8), index))
+        taken: set[int] = set()
         for patch, index in middles:  # the middle names its object even where that covers little, as of thin letters
-            owner[patch] = index
-        targets = table[:, owner]
+            if patch not in taken:
+                owner[patch] = index
+            elif (kind := self.kinds[index - 1]) in CHARACTERS:
+                second[0, patch] = CHARACTERS.index(kind) + 1
+            taken.add(patch)
+        targets = np.concatenate([table[:, owner], second])
         targets[2, [patch for patch, _ in middles]] = 1
         return targets
 

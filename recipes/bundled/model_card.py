@@ -69,7 +69,6 @@ side of the split: other art, other fonts, other words, other drawings, other pa
 ## Limits
 - It knows its skills and nothing else: photographs, faces, scenes, documents, conversation and facts are beyond it, and
   it does not say so; it answers with one of the words that it knows.
-- Questions for yes or no are answered like a coin's throw, in every skill; ask openly, or give choices.
 - English, and the questions' wordings of `wordings.py`; other wordings may be misread.
 - Pictures are seen at 128×128: small print, long texts and fine detail are lost. Text in capitals and digits only.
 - Flags of 50 countries, 75 kinds of emoji, 40 kinds of sketches; counts to six; clips of three frames.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from draw import CANVAS, Picture, add_emoji, add_shape, background
-from wordings import Turn, article, ask, yes_no
+from wordings import Turn, article, ask, rounds, yes_no
 from world import World
 
 PICTURES = ("first", "second")
@@ -41,19 +41,23 @@ def two_shapes(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
         low, high = radius, CANVAS - radius
         add_shape(picture, shape, colour, (rng.uniform(low, high), rng.uniform(low, high)), radius, rng)
         pictures.append(picture)
-    i, j = rng.randrange(2), rng.randrange(2)
     shapes, colours = (first[0], second[0]), (first[1], second[1])
-    turns = [
-        ask(rng, "same shape", yes_no(same_shape)),
-        ask(rng, "same colour", yes_no(same_colour)),
-        ask(rng, "picture of bigger", PICTURES[bigger]),
-        ask(rng, "shape in picture", shapes[i], which=PICTURES[i]),
-        ask(rng, "colour in picture", colours[j], which=PICTURES[j]),
-    ]
-    if not same_shape:
-        turns.append(ask(rng, "picture with", PICTURES[i], a_claim=article(shapes[i])))
-    rng.shuffle(turns)
-    return pictures, turns
+
+    def draw() -> list[Turn]:
+        i, j = rng.randrange(2), rng.randrange(2)
+        turns = [
+            ask(rng, "same shape", yes_no(same_shape)),
+            ask(rng, "same colour", yes_no(same_colour)),
+            ask(rng, "picture of bigger", PICTURES[bigger]),
+            ask(rng, "shape in picture", shapes[i], which=PICTURES[i]),
+            ask(rng, "colour in picture", colours[j], which=PICTURES[j]),
+        ]
+        if not same_shape:
+            turns.append(ask(rng, "picture with", PICTURES[i], a_claim=article(shapes[i])))
+        rng.shuffle(turns)
+        return turns
+
+    return pictures, rounds(draw, world.rounds)
 
 
 def two_counts(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
@@ -67,12 +71,17 @@ def two_counts(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
         for spot in scatter(rng, count, radius):
             add_shape(picture, shape, colour, spot, radius * rng.uniform(0.8, 1), rng)
         pictures.append(picture)
-    more, i = int(counts[1] > counts[0]), rng.randrange(2)
-    return pictures, [
-        ask(rng, "picture of more", PICTURES[more]),
-        ask(rng, "count in picture", str(counts[i]), which=PICTURES[i]),
-        ask(rng, "picture of fewer", PICTURES[1 - more]),
-    ]
+    more = int(counts[1] > counts[0])
+
+    def draw() -> list[Turn]:
+        i = rng.randrange(2)
+        return [
+            ask(rng, "picture of more", PICTURES[more]),
+            ask(rng, "count in picture", str(counts[i]), which=PICTURES[i]),
+            ask(rng, "picture of fewer", PICTURES[1 - more]),
+        ]
+
+    return pictures, rounds(draw, world.rounds)
 
 
 def two_emoji(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
@@ -87,15 +96,19 @@ def two_emoji(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
         xy = rng.uniform(side / 2, CANVAS - side / 2), rng.uniform(side / 2, CANVAS - side / 2)
         add_emoji(picture, rng.choice(world.emoji[kind]), kind, xy, side, rng)
         pictures.append(picture)
-    i = rng.randrange(2)
-    turns = [
-        ask(rng, "same thing", yes_no(kinds[0] == kinds[1])),
-        ask(rng, "thing in picture", kinds[i], which=PICTURES[i]),
-    ]
-    if kinds[0] != kinds[1]:
-        turns.append(ask(rng, "picture with", PICTURES[1 - i], a_claim=article(kinds[1 - i])))
-    rng.shuffle(turns)
-    return pictures, turns
+
+    def draw() -> list[Turn]:
+        i = rng.randrange(2)
+        turns = [
+            ask(rng, "same thing", yes_no(kinds[0] == kinds[1])),
+            ask(rng, "thing in picture", kinds[i], which=PICTURES[i]),
+        ]
+        if kinds[0] != kinds[1]:
+            turns.append(ask(rng, "picture with", PICTURES[1 - i], a_claim=article(kinds[1 - i])))
+        rng.shuffle(turns)
+        return turns
+
+    return pictures, rounds(draw, world.rounds)
 
 
 def scatter(rng: Random, count: int, radius: float) -> list[tuple[float, float]]:
@@ -139,7 +152,8 @@ def video(world: World, rng: Random) -> tuple[list[Picture], list[Turn]]:
         else:
             add_shape(picture, shape, colour, (x, y), radius, Random(drawing))
         pictures.append(picture)
-    return pictures, _video_turns(rng, name, None if thing else colour, change, direction, other)
+    shade = None if thing else colour
+    return pictures, rounds(lambda: _video_turns(rng, name, shade, change, direction, other), world.rounds)
 
 
 def _frames(rng: Random, change: str | None, direction: str, radius: float) -> list[tuple[float, float, float]]:

@@ -40,7 +40,7 @@ class _AlsoLearn(torch.autograd.Function):
 
 
 class DenseBatches:
-    """Numbered batches of conversations; `extra` belongs to the batch handed out last: the dense targets (M, 5, 64) of
+    """Numbered batches of conversations; `extra` belongs to the batch handed out last: the dense targets (M, 6, 64) of
     its pictures, its rows' `branches` (B, T), and how many pictures each row has.
     """
 

@@ -28,7 +28,7 @@ from draw import (
     finish,
 )
 from several import scatter, two, video
-from wordings import Turn, article, ask, options, plural, yes_no
+from wordings import Turn, article, ask, options, plural, rounds, yes_no
 from world import COMBOS_HELD_OUT, KINDS, World, place_of
 
 __all__ = ["COMBOS_HELD_OUT", "KINDS", "MAKERS", "MIXTURE", "SINGLE_PICTURE", "Sample", "World", "make", "place_of"]
@@ -37,7 +37,7 @@ __all__ = ["COMBOS_HELD_OUT", "KINDS", "MAKERS", "MIXTURE", "SINGLE_PICTURE", "S
 @dataclass
 class Sample:
     """`pixels` (N, 128, 128, 3) uint8, one a picture or frame; `turns` questions and their answers; `targets`
-    (N, 5, 64) int64, the dense targets of `draw.FIELDS`.
+    (N, 6, 64) int64, the dense targets of `draw.FIELDS`.
     """
 
     skill: str
@@ -58,6 +58,11 @@ def thing_turns(rng: Random, kind: str, noun: str, pool: list[str], about: str) 
         ask(rng, "choice", kind, noun=noun, options=options(rng, kind, pool)),
         ask(rng, about, kind),
     )
+
+
+def picked(world: World, rng: Random, closed: list[Turn]) -> list[Turn]:
+    """One of the questions with a closed answer in tests, all of them in training."""
+    return [rng.choice(closed)] if world.held_out else closed
 
 
 def side_turns(rng: Random, noun: str, x: float, y: float) -> list[Turn]:
@@ -83,24 +88,33 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     if not big and rng.random() < 0.5:
         x, y = (rng.choice([rng.uniform(28, 80), rng.uniform(112, 144), rng.uniform(176, 228)]) for _ in "xy")
     add_shape(picture, shape, None if nameless else colour, (x, y), radius, rng)
-    size = "big" if big else "small"
-    turns = [
-        rng.choice(thing_turns(rng, shape, "shape", list(SHAPES), "shape")),
-        ask(rng, "colour", colour, shape=shape),
-        ask(rng, "size", size, shape=shape),
-    ]
-    if nameless:
-        turns.pop(1)
-    elif rng.random() < 0.4:
-        claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
-        turns[1] = ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim)
-    where = place_of(x, y)
-    if where and not big:
-        turns.append(ask(rng, "place", where, shape=shape))
-    turns += side_turns(rng, shape, x, y)
-    if picture.background and rng.random() < 0.5:
-        turns.append(ask(rng, "background", picture.background))
-    rng.shuffle(turns)
+    size, where = "big" if big else "small", place_of(x, y)
+
+    def draw() -> list[Turn]:
+        turns = [
+            rng.choice(thing_turns(rng, shape, "shape", list(SHAPES), "shape")),
+            ask(rng, "colour", colour, shape=shape),
+            ask(rng, "size", size, shape=shape),
+        ]
+        if nameless:
+            turns.pop(1)
+        elif rng.random() < 0.4:
+            claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
+            turns[1] = ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim)
+        if not world.held_out:  # a claim of each sort in every round
+            turns.append(thing_turns(rng, shape, "shape", list(SHAPES), "shape")[0])
+            claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
+            if not nameless:
+                turns.append(ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim))
+        if where and not big:
+            turns.append(ask(rng, "place", where, shape=shape))
+        turns += side_turns(rng, shape, x, y)
+        if picture.background and rng.random() < 0.5:
+            turns.append(ask(rng, "background", picture.background))
+        rng.shuffle(turns)
+        return turns
+
+    turns = rounds(draw, world.rounds, 16)
     if nameless:
         return picture, turns
     spot = f" at the {where}" if where and not big else ""
@@ -122,7 +136,8 @@ def pair(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     across = [rng.uniform(60, 196) for _ in range(2)]
     for (shape, colour), radius, a, b in zip((first, second), radii, along, across, strict=True):
         add_shape(picture, shape, colour, (a, b) if sideways else (b, a), radius, rng)
-    turns = pair_turns(rng, first, second, sideways, 0 if radii[0] > radii[1] else 1)
+    bigger = 0 if radii[0] > radii[1] else 1
+    turns = rounds(lambda: pair_turns(rng, first, second, sideways, bigger), world.rounds, 14)
     if rng.random() < 0.5:
         where = ("on the left", "on the right") if sideways else ("at the top", "at the bottom")
         words = [f"{article(f'{c} {s}')} {w}" for (s, c), w in zip((first, second), where, strict=True)]
@@ -171,19 +186,23 @@ def count(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
             kind, shade = world.combo(rng, shape=shape, avoid={picture.background or ""})
         named = None if mixed and rng.random() < 0.3 else shade
         add_shape(picture, kind, named, spot, radius * rng.uniform(0.8, 1.0), rng)
-    turns = [ask(rng, "count", str(total))]
-    if others:
-        for (kind, shade), number in ((second, others), ((shape, colour), total - others)):
-            about = rng.choice(["count of kind", "count of colour"])
-            turns.append(ask(rng, about, str(number), plural=plural(kind), colour=shade))
-    else:
-        if rng.random() < 0.5:
-            turns[0] = ask(rng, "count of kind", str(total), plural=plural(shape))
-        if not mixed:
-            turns.append(ask(rng, "colour of all" if total > 1 else "colour", colour, shape="shape"))
-        turns.append(ask(rng, "shape of all" if total > 1 else "shape", shape))
-    rng.shuffle(turns)
-    return picture, turns
+
+    def draw() -> list[Turn]:
+        turns = [ask(rng, "count", str(total))]
+        if others:
+            for (kind, shade), number in ((second, others), ((shape, colour), total - others)):
+                about = rng.choice(["count of kind", "count of colour"])
+                turns.append(ask(rng, about, str(number), plural=plural(kind), colour=shade))
+        else:
+            if rng.random() < 0.5:
+                turns[0] = ask(rng, "count of kind", str(total), plural=plural(shape))
+            if not mixed:
+                turns.append(ask(rng, "colour of all" if total > 1 else "colour", colour, shape="shape"))
+            turns.append(ask(rng, "shape of all" if total > 1 else "shape", shape))
+        rng.shuffle(turns)
+        return turns
+
+    return picture, rounds(draw, world.rounds)
 
 
 # Two lists of colours too alike to write one on the other.
@@ -209,17 +228,21 @@ def written(world: World, rng: Random, text: str, about: str) -> tuple[Picture, 
         rows = (CANVAS / len(lines) * index, CANVAS / len(lines) * (index + 1))
         add_text(picture, line, path, colour, rng, share * most if len(line) < 4 else max(share, 0.75) * most, rows)
     sign = "digit" if about == "digits" else "letter"
-    turns = [ask(rng, about if len(lines) == 1 else "lines", text)]
-    if len(lines) == 1:
-        turns.append(ask(rng, "length", str(len(text)), sign=sign))
-        if len(text) > 1:
-            turns += [ask(rng, "first of", text[0], sign=sign), ask(rng, "last of", text[-1], sign=sign)]
-    if rng.random() < 0.3:
-        turns.append(ask(rng, "ink", colour, written="number" if about == "digits" else "text"))
-    if rng.random() < 0.2 and picture.background:
-        turns.append(Turn("What color is the background?", picture.background, "background"))
-    rng.shuffle(turns)
-    return picture, turns
+
+    def draw() -> list[Turn]:
+        turns = [ask(rng, about if len(lines) == 1 else "lines", text)]
+        if len(lines) == 1:
+            turns.append(ask(rng, "length", str(len(text)), sign=sign))
+            if len(text) > 1:
+                turns += [ask(rng, "first of", text[0], sign=sign), ask(rng, "last of", text[-1], sign=sign)]
+        if rng.random() < 0.3:
+            turns.append(ask(rng, "ink", colour, written="number" if about == "digits" else "text"))
+        if rng.random() < 0.2 and picture.background:
+            turns.append(Turn("What color is the background?", picture.background, "background"))
+        rng.shuffle(turns)
+        return turns
+
+    return picture, rounds(draw, min(2, world.rounds))
 
 
 def number(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
@@ -232,7 +255,7 @@ def number(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
 def word(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     """One to six words in capitals, of two to five letters; in training three in ten are letters drawn at random."""
     words = []
-    for _ in range(rng.choices([1, 2, 3, 4, 5, 6], [0.55, 0.22, 0.09, 0.06, 0.04, 0.04])[0]):
+    for _ in range(rng.choices([1, 2, 3, 4, 5, 6], [0.4, 0.2, 0.13, 0.11, 0.09, 0.07])[0]):
         if world.held_out or rng.random() < 0.7:
             words.append(rng.choice(world.words).upper())
         else:
@@ -250,14 +273,18 @@ def flag(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     picture = background(rng, set())
     picture.background = None
     add_flag(picture, rng.choice(world.flags[country]), country, rng)
-    claim = country if rng.random() < 0.5 else rng.choice([c for c in countries if c != country])
-    closed = [
-        ask(rng, "is flag", yes_no(claim == country), claim=claim),
-        ask(rng, "flag choice", country, options=options(rng, country, countries)),
-    ]
-    turns = [rng.choice(closed), ask(rng, "flag", country)]
-    rng.shuffle(turns)
-    return picture, turns
+
+    def draw() -> list[Turn]:
+        claim = country if rng.random() < 0.5 else rng.choice([c for c in countries if c != country])
+        closed = [
+            ask(rng, "is flag", yes_no(claim == country), claim=claim),
+            ask(rng, "flag choice", country, options=options(rng, country, countries)),
+        ]
+        turns = [*picked(world, rng, closed), ask(rng, "flag", country)]
+        rng.shuffle(turns)
+        return turns
+
+    return picture, rounds(draw, world.rounds)
 
 
 WITHOUT_ARTICLE = ("glasses", "headphones", "lightning", "pants", "scissors")
@@ -270,13 +297,17 @@ def sketch(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     colour = rng.choice(["black", "black", "black", "blue", "red", "green", "purple", "brown", "white"])
     picture = background(rng, set(COLOURS) - ({"black", "blue"} if colour == "white" else {"white", "yellow"}))
     add_sketch(picture, rng.choice(world.sketches[kind]), kind, colour, rng)
-    claim = kind if rng.random() < 0.5 else rng.choice([k for k in kinds if k != kind])
-    closed = [ask(rng, "sketch choice", kind, options=options(rng, kind, kinds))]
-    if claim not in WITHOUT_ARTICLE:
-        closed.append(ask(rng, "is sketch", yes_no(claim == kind), a_claim=article(claim)))
-    turns = [rng.choice(closed), ask(rng, "sketch", kind)]
-    rng.shuffle(turns)
-    return picture, turns
+
+    def draw() -> list[Turn]:
+        claim = kind if rng.random() < 0.5 else rng.choice([k for k in kinds if k != kind])
+        closed = [ask(rng, "sketch choice", kind, options=options(rng, kind, kinds))]
+        if claim not in WITHOUT_ARTICLE:
+            closed.append(ask(rng, "is sketch", yes_no(claim == kind), a_claim=article(claim)))
+        turns = [*picked(world, rng, closed), ask(rng, "sketch", kind)]
+        rng.shuffle(turns)
+        return turns
+
+    return picture, rounds(draw, world.rounds)
 
 
 def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
@@ -289,9 +320,13 @@ def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         side = rng.uniform(120, 240)
         xy = (rng.uniform(side / 2 - 6, CANVAS - side / 2 + 6), rng.uniform(side / 2 - 6, CANVAS - side / 2 + 6))
         add_emoji(picture, rng.choice(world.emoji[kind]), kind, xy, side, rng)
-        closed = list(thing_turns(rng, kind, "one", world.emoji_words, "emoji"))
-        last = closed.pop()
-        turns = [last] if rng.random() < 0.5 else [rng.choice(closed), last]
+
+        def draw() -> list[Turn]:
+            closed = list(thing_turns(rng, kind, "one", world.emoji_words, "emoji"))
+            last = closed.pop()
+            return [last] if rng.random() < 0.5 else [*picked(world, rng, closed), last]
+
+        turns = rounds(draw, world.rounds)
         if not world.held_out:
             turns = [*side_turns(rng, "thing", *xy), *turns]
         if picture.background:
@@ -302,14 +337,18 @@ def emoji(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         for name, x in ((kind, rng.uniform(60, 68)), (other, rng.uniform(188, 196))):
             spot = x, rng.uniform(70, 186)
             add_emoji(picture, rng.choice(world.emoji[name]), name, spot, rng.uniform(95, 125), rng)
-        claim = rng.choice([kind, other, rng.choice(world.emoji_words)])
-        turns = [
-            ask(rng, "emoji left", kind),
-            ask(rng, "emoji right", other),
-            ask(rng, "is it", yes_no(claim in (kind, other)), a_claim=article(claim)),
-        ]
-        rng.shuffle(turns)
-        return picture, turns
+
+        def draw_both() -> list[Turn]:
+            claim = rng.choice([kind, other, rng.choice(world.emoji_words)])
+            turns = [
+                ask(rng, "emoji left", kind),
+                ask(rng, "emoji right", other),
+                ask(rng, "is it", yes_no(claim in (kind, other)), a_claim=article(claim)),
+            ]
+            rng.shuffle(turns)
+            return turns
+
+        return picture, rounds(draw_both, world.rounds)
     total = rng.randint(1, 4)
     chosen = rng.choice(world.emoji[kind])
     for spot in scatter(rng, total, 45):
@@ -327,11 +366,20 @@ MAKERS: dict[str, Maker] = {
 }  # fmt: skip
 """Skill → what draws it: one `Picture` (a list of them for `two` and `video`) and the questions about it."""
 SINGLE_PICTURE = {
-    "single": 0.07, "pair": 0.14, "count": 0.14, "number": 0.06, "word": 0.18, "emoji": 0.13, "flag": 0.05,
-    "sketch": 0.10, "chart": 0.15,
+    "single": 0.05, "pair": 0.07, "count": 0.14, "number": 0.07, "word": 0.35, "emoji": 0.10, "flag": 0.03,
+    "sketch": 0.07, "chart": 0.12,
 }  # fmt: skip
-"""The mixture of the warm-up: what is one picture."""
-MIXTURE = {**SINGLE_PICTURE, "two": 0.08, "video": 0.045}
+"""The mixture of the warm-up: what is one picture. Letters are the most work for a tower."""
+MIXTURE = {
+    "single": 0.05, "pair": 0.07, "count": 0.13, "number": 0.04, "word": 0.24, "emoji": 0.08, "flag": 0.03,
+    "sketch": 0.05, "chart": 0.26, "two": 0.03, "video": 0.02,
+}  # fmt: skip
+"""The mixture of conversations."""
+LESSONS = {
+    "single": 0.15, "pair": 0.15, "count": 0.15, "number": 0.03, "word": 0.10, "emoji": 0.05, "flag": 0.05,
+    "sketch": 0.03, "chart": 0.18, "two": 0.08, "video": 0.03,
+}  # fmt: skip
+"""The mixture while the text model is blindfold: rich in questions for yes or no, which come last and need most."""
 _KIND_INDEX = {name: index for index, name in enumerate(KINDS)}
 
 

@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import skills
-from draw import COLOURS, FIELDS, GRID, UNKNOWN
+from draw import CHARACTERS, COLOURS, FIELDS, GRID, UNKNOWN
 
 SIZES = {
     "kind": len(skills.KINDS), "colour": len(COLOURS), "centre": 2, "size": GRID + 1, "height": GRID + 1,
-    "row": GRID, "column": GRID,
+    "row": GRID, "column": GRID, "second": len(CHARACTERS) + 1,
 }  # fmt: skip
-"""How many values each field has; the last two are the patch's place."""
-STRENGTH = {"kind": 8.0, "colour": 6.0, "centre": 4.0, "size": 3.0, "height": 3.0, "row": 4.0, "column": 4.0}
-WEIGHTS = {"kind": 1.0, "colour": 0.5, "centre": 0.3, "size": 0.15, "height": 0.15, "row": 0.15, "column": 0.15}
+"""How many values each field has; row and column are the patch's place."""
+STRENGTH = {"kind": 8.0, "colour": 6.0, "centre": 4.0, "size": 3.0, "height": 3.0, "row": 4.0, "column": 4.0,
+            "second": 6.0}  # fmt: skip
+WEIGHTS = {"kind": 1.0, "colour": 0.5, "centre": 0.3, "size": 0.15, "height": 0.15, "row": 0.15, "column": 0.15,
+           "second": 0.3}  # fmt: skip
 """Of the fields' cross-entropies in the loss."""
+COMMON = {"kind": 0.2, "centre": 0.2, "second": 0.02}
+"""Weight of a field's first value, which most patches have: background, no middle, no second character."""
 
 
 class Symbols(nn.Module):
@@ -43,9 +47,9 @@ class Symbols(nn.Module):
         result = {}
         for field, target_NP in with_places(targets_NFP).items():
             weight = None
-            if field in ("kind", "centre"):
+            if field in COMMON:
                 weight = torch.ones(SIZES[field])
-                weight[0] = 0.2
+                weight[0] = COMMON[field]
             logits = self.logits(features_NPD, field).flatten(0, 1)
             result[field] = F.cross_entropy(logits, target_NP.flatten(), weight, ignore_index=UNKNOWN)
         return result

@@ -1,7 +1,7 @@
 """Train the bundled model with the project's own trainer; the same command resumes.
 
-python recipes/bundled/train.py --imagine 0.4 --config recipes/bundled/text.yaml
-torchrun --nproc-per-node 2 recipes/bundled/train.py --tower runs/warmup/tower.pt --text runs/text \
+python recipes/bundled/train.py --imagine 0.05 --batch 8 --config recipes/bundled/text.yaml
+torchrun --nproc-per-node 2 recipes/bundled/train.py --tower runs/warmup/tower.pt --text runs/text --batch 16 \
     --config recipes/bundled/train.yaml
 """
 

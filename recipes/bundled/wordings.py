@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
@@ -115,6 +116,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 def ask(rng: Random, about: str, answer: str, **words: str) -> Turn:
     """One of the wordings, filled in."""
     return Turn(rng.choice(WORDINGS[about]).format(**words), answer, about)
+
+
+def rounds(draw: Callable[[], list[Turn]], times: int, most: int = 12) -> list[Turn]:
+    """The turns of so many draws, each question once."""
+    found: dict[str, Turn] = {}
+    for _ in range(times):
+        for turn in draw():
+            found.setdefault(turn.question, turn)
+    return list(found.values())[:most]
 
 
 def article(noun: str) -> str:

@@ -78,6 +78,11 @@ class World:
         )  # fmt: skip
 
     @property
+    def rounds(self) -> int:
+        """How often questions are drawn about a picture: in training several times, because they share its tokens."""
+        return 1 if self.held_out else 4
+
+    @property
     def emoji_words(self) -> list[str]:
         return list(self.emoji)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "bundled"
@@ -231,15 +231,37 @@ def test_yes_and_no_are_both_right_about_half_the_time() -> None:
     assert 0.35 < said["yes"] / said.total() < 0.65
 
 
+@pytest.mark.parametrize("skill", ["single", "pair", "count", "emoji", "flag", "sketch", "chart", "two", "video"])
+def test_training_asks_several_times_and_nothing_twice(skill: str) -> None:
+    asked = {True: 0, False: 0}
+    for held, seed in itertools.product(asked, range(60)):
+        turns = skills.make(world(held), seed, skill, pixels=False).turns
+        assert len({turn.question for turn in turns}) == len(turns), (skill, seed)
+        asked[held] += len(turns)
+    assert asked[False] > 1.5 * asked[True]
+
+
 def test_a_patch_is_named_for_the_object_that_covers_it() -> None:
     picture = draw.background(Random(0), {"red"})
     draw.add_shape(picture, "square", "red", (64, 64), 60, Random(0))
-    kinds, colours, centres, sizes, heights = picture.targets({"background": 0, "square": 1}).reshape(5, 8, 8)
+    kinds, colours, centres, sizes, heights, second = picture.targets({"background": 0, "square": 1}).reshape(6, 8, 8)
     assert kinds[1:3, 1:3].all() and not kinds[5:].any() and not kinds[:, 5:].any()
     assert (colours[kinds == 1] == draw.COLOURS.index("red")).all()
     assert centres.sum() == 1 and centres[1:3, 1:3].sum() == 1
     assert set(sizes[kinds == 1]) == {3} and set(heights[kinds == 1]) <= {3, 4}
-    assert (sizes[kinds == 0] == draw.UNKNOWN).all()
+    assert (sizes[kinds == 0] == draw.UNKNOWN).all() and not second.any()
+
+
+def test_two_small_letters_in_one_patch_are_both_named() -> None:
+    picture = draw.background(Random(0), {"red"})
+    for letter, x in (("A", 36), ("B", 48), ("C", 150)):
+        mask = Image.new("L", (12, 20), 255)
+        picture.stamp(mask, (x, 40), (255, 0, 0), letter, "red")
+    index = {"background": 0, "A": 1, "B": 2, "C": 3}
+    kinds, _, centres, _, _, second = picture.targets(index)
+    assert [kinds[patch] for patch in np.nonzero(centres == 1)[0]] == [1, 3]
+    (patch,) = np.nonzero(second)[0]
+    assert kinds[patch] == 1 and second[patch] == draw.CHARACTERS.index("B") + 1
 
 
 def test_places_have_a_margin_between_them() -> None:
@@ -333,7 +355,7 @@ def test_training_resumes_in_the_middle_of_a_window(writer: conversations.Writer
 
     mixture = {"single": 0.5, "two": 0.25, "video": 0.25}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(skills, "make", functools.partial(skills.make, mixture=mixture))
+        patch.setattr(skills, "MIXTURE", mixture)
         whole = list(itertools.islice(stream(0), sighted.WINDOW + 2))
         again = next(stream(sighted.WINDOW + 1))
     assert all(torch.equal(again[name], whole[-1][name]) for name in again)
