@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ def test_it_sees(model: Any, writer: conversations.Writer, skill: str) -> None:
         blind += right(model, writer, torch.full_like(pixels, 128), turn, sample.is_video)
     assert asked == 40
     assert seen >= blind + 0.2 * asked, f"{seen} of {asked} right, {blind} with a grey picture: it guesses"
+
+
+YES_OR_NO = {
+    "single": {"is it", "is colour"}, "pair": {"relation", "is there"}, "chart": {"taller", "bigger slice"},
+    "video": {"is direction"},
+}  # fmt: skip
+"""Skill → claims about the picture: looking something up by its name and then comparing."""
+
+
+@pytest.mark.parametrize("skill", YES_OR_NO)
+def test_it_says_no_as_rightly_as_yes(model: Any, writer: conversations.Writer, skill: str) -> None:
+    world = skills.World(held_out=True, fonts=[], words=[], emoji={})
+    asked, correct = Counter[str](), Counter[str]()
+    for seed in range(95_000, 95_150):
+        sample = skills.make(world, seed, skill, strength=0.0)
+        for turn in sample.turns:
+            if turn.about in YES_OR_NO[skill]:
+                asked[turn.answer] += 1
+                correct[turn.answer] += right(model, writer, torch.from_numpy(sample.pixels), turn, sample.is_video)
+    assert min(asked["yes"], asked["no"]) >= 15
+    assert all(correct[answer] >= 0.85 * asked[answer] for answer in ("yes", "no")), (asked, correct)
 
 
 def test_the_committed_results_are_this_models() -> None:
