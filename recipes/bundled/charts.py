@@ -159,22 +159,24 @@ def pie(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
                 [x - radius, y - radius, x + radius, y + radius], start, stop, outline=(255, 255, 255), width=3
             )
         start = stop
+    turns = rounds(lambda: pie_turns(rng, weights, colours), world.rounds)
+    rng.shuffle(turns)
+    return picture, turns
+
+
+def pie_turns(rng: Random, weights: list[float], colours: list[str]) -> list[Turn]:
+    """Questions about slices."""
     big, small = weights.index(max(weights)), weights.index(min(weights))
-
-    def draw_turns() -> list[Turn]:
-        i, j = rng.sample(range(count), 2)
-        turns = [
-            ask(rng, "count of slices", str(count)),
-            kind_turn(rng, "pie chart"),
-            ask(rng, "biggest slice", colours[big]),
-            ask(rng, "smallest slice", colours[small]),
-        ]
-        if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
-            turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
-        rng.shuffle(turns)
-        return turns
-
-    return picture, rounds(draw_turns, world.rounds)
+    i, j = rng.sample(range(len(weights)), 2)
+    turns = [
+        ask(rng, "count of slices", str(len(weights))),
+        kind_turn(rng, "pie chart"),
+        ask(rng, "biggest slice", colours[big]),
+        ask(rng, "smallest slice", colours[small]),
+    ]
+    if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
+        turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
+    return turns
 
 
 def line(world: World, rng: Random) -> tuple[Picture, list[Turn]]:

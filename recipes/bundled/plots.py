@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from charts import KINDS_OF_CHART, bar_turns, kind_turn, unlike_colours
+from charts import KINDS_OF_CHART, bar_turns, kind_turn, pie_turns, unlike_colours
 from draw import CANVAS, rgb
-from wordings import Turn, ask, yes_no
+from wordings import Turn, ask
 
 STYLES = (
     "default", "classic", "ggplot", "bmh", "fivethirtyeight", "Solarize_Light2", "seaborn-v0_8",
@@ -95,17 +95,7 @@ def pie(axes: Any, rng: Random) -> list[Turn]:
     edge = {"linewidth": 1.5, "edgecolor": "white"} if rng.random() < 0.4 else {}
     ring = {"width": 0.6} if rng.random() < 0.2 else {}
     axes.pie(weights, colors=[_hex(c, rng) for c in colours], startangle=rng.uniform(0, 360), wedgeprops=edge | ring)
-    big, small = weights.index(max(weights)), weights.index(min(weights))
-    i, j = rng.sample(range(count), 2)
-    turns = [
-        ask(rng, "count of slices", str(count)),
-        kind_turn(rng, KINDS_OF_CHART[1]),
-        ask(rng, "biggest slice", colours[big]),
-        ask(rng, "smallest slice", colours[small]),
-    ]
-    if max(weights[i], weights[j]) > 1.25 * min(weights[i], weights[j]):
-        turns.append(ask(rng, "bigger slice", yes_no(weights[i] > weights[j]), shape=colours[i], other=colours[j]))
-    return turns
+    return pie_turns(rng, weights, colours)
 
 
 def line(axes: Any, rng: Random) -> list[Turn]:

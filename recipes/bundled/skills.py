@@ -90,6 +90,10 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
     add_shape(picture, shape, None if nameless else colour, (x, y), radius, rng)
     size, where = "big" if big else "small", place_of(x, y)
 
+    def claimed() -> Turn:
+        claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
+        return ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim)
+
     def draw() -> list[Turn]:
         turns = [
             rng.choice(thing_turns(rng, shape, "shape", list(SHAPES), "shape")),
@@ -99,13 +103,11 @@ def single(world: World, rng: Random) -> tuple[Picture, list[Turn]]:
         if nameless:
             turns.pop(1)
         elif rng.random() < 0.4:
-            claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
-            turns[1] = ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim)
+            turns[1] = claimed()
         if not world.held_out:  # a claim of each sort in every round
             turns.append(thing_turns(rng, shape, "shape", list(SHAPES), "shape")[0])
-            claim = colour if rng.random() < 0.5 else rng.choice([c for c in COLOURS if c != colour])
             if not nameless:
-                turns.append(ask(rng, "is colour", yes_no(claim == colour), shape=shape, claim=claim))
+                turns.append(claimed())
         if where and not big:
             turns.append(ask(rng, "place", where, shape=shape))
         turns += side_turns(rng, shape, x, y)
