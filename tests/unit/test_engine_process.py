@@ -33,8 +33,9 @@ chosen = []
 def ask():
     for number in range(3):
         # torch's own operators and our kernels in turn: the tower is ours, torch multiplies between the questions
+        # (in bf16: MKL, which multiplies fp32, brings its own default into every thread)
         vlm.ask(picture, f"What is this, number {number}?", max_tokens=4)
-        torch.randn(300, 300) @ torch.randn(300, 300)
+        torch.randn(300, 300).bfloat16() @ torch.randn(300, 300).bfloat16()
     chosen.append(torch.get_num_threads())
 
 workers = [threading.Thread(target=ask) for _ in range(6)]

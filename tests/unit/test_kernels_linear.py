@@ -37,7 +37,7 @@ def reference(weight: Tensor, bias: Tensor | None, x: Tensor, activation: str) -
 
 def effective_weight(weight: Tensor, kind: str) -> Tensor:
     """What the kernel multiplies: the weight after quantisation, from the quantiser alone (not from the packing)."""
-    if kind == "bf16":
+    if kind.startswith("bf16"):
         return weight.bfloat16()
     if kind == "int8_channel":
         q, scale = packing.quantize_channels(weight)
@@ -48,11 +48,11 @@ def effective_weight(weight: Tensor, kind: str) -> Tensor:
 
 # Relative to the answer's standard deviation: bf16 results round to 2^-9 of their own size (up to 4 deviations away);
 # 8-bit activations add their own step.
-TOLERANCE = {"bf16": 0.02, "int8": 0.02, "int4": 0.02, "int8_channel": 0.08}
+TOLERANCE = {"bf16": 0.02, "bf16_compact": 0.02, "int8": 0.02, "int4": 0.02, "int8_channel": 0.08}
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
-@pytest.mark.parametrize("kind", ["bf16", "int8_channel", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8_channel", "int8", "int4"])
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "quick_gelu", "swiglu"])
 @pytest.mark.parametrize(("outputs", "inputs"), [(64, 64), (130, 70), (34, 33), (322, 192)])
 def test_close_to_fp64_for_1_to_33_rows(isa: str, kind: str, activation: str, outputs: int, inputs: int) -> None:
@@ -89,7 +89,7 @@ def test_activations_hold_over_their_whole_range(isa: str, activation: str) -> N
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8", "int4"])
 def test_fp32_answers_are_exact_where_the_sums_are(isa: str, kind: str) -> None:
     """Small integers: every product and sum is exact, so packing, tails and signs have nowhere to hide."""
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,9 @@ def test_fp32_answers_are_exact_where_the_sums_are(isa: str, kind: str) -> None:
         with kernels.use_isa(isa):
             got = kernels.PackedLinear(weight, kind=kind)(x, fp32_out=True)
         want = x.double() @ weight.double().T
-        bound = 0.0 if kind == "bf16" else 2e-5 * 127 * inputs * 3  # 16-bit activations: x / scale is not whole
+        bound = (
+            0.0 if kind.startswith("bf16") else 2e-5 * 127 * inputs * 3
+        )  # 16-bit activations: x / scale is not whole
         assert (got.double() - want).abs().max() <= bound
 
 
@@ -117,7 +119,7 @@ def test_weight_only_kinds_keep_activations_better_than_bf16(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
-@pytest.mark.parametrize("kind", ["bf16", "int8_channel", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8_channel", "int8", "int4"])
 def test_extreme_values_stay_in_their_row(isa: str, kind: str) -> None:
     weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(2))
     x = torch.randn(14, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
@@ -139,7 +141,7 @@ def test_extreme_values_stay_in_their_row(isa: str, kind: str) -> None:
     assert torch.equal(got[6:], clean[6:])
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8_channel", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8_channel", "int8", "int4"])
 def test_a_row_does_not_depend_on_its_neighbours_or_threads(kind: str) -> None:
     generator = torch.Generator().manual_seed(4)
     linear = kernels.PackedLinear(torch.randn(200, 96, generator=generator), kind=kind)
@@ -177,7 +179,7 @@ def test_parts_are_joined_and_strides_respected() -> None:
     assert (got.double() - want).abs().max() < 0.02 * want.std()
 
 
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8", "int4"])
 def test_rows_look_up_a_tied_embedding(kind: str) -> None:
     weight = torch.randn(150, 64, generator=torch.Generator().manual_seed(6))
     ids = torch.tensor([[0, 63, 64], [149, 7, 128]])

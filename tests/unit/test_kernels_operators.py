@@ -46,6 +46,7 @@ def calls(vlm: sv.VLM) -> dict[str, list[tuple[Any, ...]]]:
     text, cache = runner.text, runner.text.new_cache(192)
     linear = kernels.PackedLinear(torch.randn(22, 20), torch.randn(22), activation="swiglu")
     int4 = kernels.PackedLinear(torch.randn(7, 33), kind="int4")
+    compact = kernels.PackedLinear(torch.randn(7, 33), kind="bf16_compact")
     tower = runner.tower._native
     heads, keys, width = text.heads, text.kv_heads, text.head_dim
     qkv = bf16(5, (heads + 2 * keys) * width)
@@ -54,7 +55,9 @@ def calls(vlm: sv.VLM) -> dict[str, list[tuple[Any, ...]]]:
         "packed_linear": [
             (bf16(3, 20), linear.packed, None, linear.bias, bf16(3, 11), 0, 22, 20, linear._activation, 0.5, False),
             (bf16(2, 3, 33), int4.packed, int4.scales, None, None, int4._kind, 7, 64, 0, 1.0, True),
+            (bf16(9, 33), compact.packed, compact.scales, None, None, compact._kind, 7, 34, 0, 1.0, False),
         ],
+        "compact_rows": [(torch.tensor([[6, 0]]), compact.packed, compact.scales, 7, 34)],
         "vision_attention": [
             (bf16(2, 5, 3, 2, 6), None, 0.3),
             (bf16(1, 5, 3, 2, 6), torch.tensor([[True, False, True, True, False]]), 0.3),
@@ -130,3 +133,10 @@ def test_a_packed_model_with_a_picture_computes_the_same_compiled(vlm: sv.VLM) -
         assert torch.equal(again(input_ids=shorter), vlm.model(shorter))
         longer = torch.tensor([[105, 106, 107, 108]])  # other lengths make the compiler take lengths for variables
         assert torch.equal(again(input_ids=longer), vlm.model(longer))
+
+
+def test_rows_beyond_the_table_are_refused() -> None:
+    linear = kernels.PackedLinear(torch.randn(150, 64), kind="bf16_compact")
+    for wrong in (150, -1):
+        with pytest.raises(IndexError, match=r"0\.\.\.149"):
+            linear.rows(torch.tensor([3, wrong]))

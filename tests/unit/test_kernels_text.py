@@ -53,7 +53,7 @@ SHAPES = {
 
 
 def quantised(weight: Tensor, kind: str) -> Tensor:
-    if kind == "bf16":
+    if kind.startswith("bf16"):
         return weight.bfloat16().double()
     q, scale = packing.quantize_groups(weight, 8 if kind == "int8" else 4)
     return q.double() * scale.double().repeat_interleave(32, 1)[:, : weight.shape[1]]
@@ -150,7 +150,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8", "int4"])
 @pytest.mark.parametrize("name", [*SHAPES])
 def test_chunked_prefill_and_decode_follow_the_fp64_model(isa: str, kind: str, name: str) -> None:
     reference = Reference(SHAPES[name], kind)
@@ -172,7 +172,7 @@ def test_chunked_prefill_and_decode_follow_the_fp64_model(isa: str, kind: str, n
 
 
 @pytest.mark.parametrize("isa", runnable_isas())
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8", "int4"])
 def test_batches_of_1_to_33_at_their_own_positions_do_not_touch_each_other(isa: str, kind: str) -> None:
     reference = Reference(SHAPES["grouped"], kind)
     model, rows = reference.packed, 33

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from smolvlm_fms.engine import kernels
 from smolvlm_fms.engine.kernels.linear import Weights
 from smolvlm_fms.engine.kernels.packing import quantize_groups
+from smolvlm_fms.errors import ConfigurationError
 from smolvlm_fms.model.grouped import GroupedWeight
 
 __all__ = ["InferenceLinear", "OneDnnLinear", "make_linear"]
 
 GROUP = 32
+KINDS = ("bf16", "int8", "int4", "int8_channel")
 
 
 class InferenceLinear(Protocol):
@@ -75,6 +77,8 @@ class OneDnnLinear(nn.Module):
         activation: str = "none",
     ) -> None:
         super().__init__()
+        if kind not in KINDS:
+            raise ConfigurationError(f"kind is one of {KINDS} without the CPU kernels; got {kind!r}")
         given = [weight] if isinstance(weight, Tensor | GroupedWeight) else list(weight)
         grouped = isinstance(given[0], GroupedWeight)
         parts = [part.wide().bfloat16() if isinstance(part, GroupedWeight) else part.detach() for part in given]

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 
+COMPACT = {"bf16": "bf16_compact"}
+
+
 class PackedQKV(nn.Module):
     """Query, key and value in one linear; stands where FMS's QKV modules stand."""
 
@@ -119,7 +122,10 @@ def pack_llava_tower(tower: SiglipTower, projector: Any, layers: Sequence[int], 
 
 
 def pack_text(text: TextModel, kind: str = "bf16", head_kind: str = "bf16") -> None:
-    """Pack the blocks of a text model (whose activation must be SiLU) and its head."""
+    """Pack the blocks of a text model (whose activation must be SiLU) and its head: bf16 in the compact form where
+    kernels unpack it on the way, because decoding is bound by the memory that it moves."""
+    if kernels.available() and kernels.isa() == "avx512":
+        kind, head_kind = (COMPACT.get(one, one) for one in (kind, head_kind))
     for block in text.base_model.layers:
         _pack_attention(block.attn, kind)
         block.ff_sub_layer = PackedGLU(block.ff_sub_layer, kind)

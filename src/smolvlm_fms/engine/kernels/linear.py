@@ -15,6 +15,7 @@ from smolvlm_fms.model.grouped import GroupedWeight
 
 KINDS = {
     "bf16": loader.BF16,
+    "bf16_compact": loader.BF16_COMPACT,
     "int8_channel": loader.INT8_CHANNEL,
     "int8": loader.INT8_GROUPS,
     "int4": loader.INT4_GROUPS,
@@ -25,7 +26,15 @@ ACTIVATIONS = {
     "swiglu": loader.SWIGLU,
     "quick_gelu": loader.QUICK_GELU,
 }
-_INPUT_MULTIPLE = {loader.BF16: 2, loader.INT8_CHANNEL: 4, loader.INT8_GROUPS: 32, loader.INT4_GROUPS: 32}
+_INPUT_MULTIPLE = {
+    loader.BF16: 2,
+    loader.BF16_COMPACT: 2,
+    loader.INT8_CHANNEL: 4,
+    loader.INT8_GROUPS: 32,
+    loader.INT4_GROUPS: 32,
+}
+
+_COMPACT_WORDS = 48  # of a row of a panel, which are 64 in "bf16"
 
 _SCHEMA = (
     "packed_linear(Tensor x, Tensor packed, Tensor? scales, Tensor? bias, Tensor? residual, int kind, int outputs, "
@@ -94,7 +103,26 @@ def _packed_linear_fake(
     return x.new_empty((*x.shape[:-1], features), dtype=torch.float32 if fp32_out else torch.bfloat16)
 
 
+def _compact_rows(ids: Tensor, packed: Tensor, listed: Tensor, outputs: int, inputs: int) -> Tensor:
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    out = torch.empty((*ids.shape, inputs), dtype=torch.bfloat16)
+    weights = loader.Weights(loader.BF16_COMPACT, outputs, inputs, packed.data_ptr(), listed.data_ptr(), None)
+    status = loader.library().svk_compact_rows(weights, flat.data_ptr(), len(flat), out.data_ptr())
+    if status == loader.BAD_ARGUMENT:
+        raise IndexError(f"ids must lie in 0...{outputs - 1}; got {int(flat.min())}...{int(flat.max())}")
+    return out
+
+
+def _compact_rows_fake(ids: Tensor, packed: Tensor, listed: Tensor, outputs: int, inputs: int) -> Tensor:
+    return packed.new_empty((*ids.shape, inputs), dtype=torch.bfloat16)
+
+
 operator(_SCHEMA, _packed_linear, _packed_linear_fake)
+operator(
+    "compact_rows(Tensor ids, Tensor packed, Tensor listed, int outputs, int inputs) -> Tensor",
+    _compact_rows,
+    _compact_rows_fake,
+)
 
 
 Weights = Tensor | GroupedWeight | Sequence[Tensor | GroupedWeight]
@@ -103,9 +131,11 @@ Weights = Tensor | GroupedWeight | Sequence[Tensor | GroupedWeight]
 class PackedLinear(torch.nn.Module):
     """``residual + scale * activation(x W^T + bias)`` on weights packed once, for one row or thousands.
 
-    kind         ``"bf16"``; ``"int8"`` or ``"int4"``: weights in groups of 32 inputs with a bf16 scale each, while the
-                 activations keep 16 bits (few rows) or bf16; ``"int8_channel"``: 8-bit weights (a scale an output) and
-                 8-bit activations (a scale a row), the fastest and least exact.
+    kind         ``"bf16"``; ``"bf16_compact"``: the same numbers in 12 bits, see ``csrc/compact_format.h`` (weights
+                 that are too uneven for it stay ``"bf16"``, and ``kind`` says so); ``"int8"`` or ``"int4"``: weights in
+                 groups of 32 inputs with a bf16 scale each, while the activations keep 16 bits (few rows) or bf16;
+                 ``"int8_channel"``: 8-bit weights (a scale an output) and 8-bit activations (a scale a row), the
+                 fastest and least exact.
     activation   ``"none"``, ``"gelu_tanh"``, ``"quick_gelu"`` (CLIP's), or ``"swiglu"``: the weight is (2F, K), gates
                  before ups, and the answer silu(gate) * up has F features.
     weight       (N, K), or a sequence of such matrices over the same inputs (query, key, value; gate, up), which are
@@ -134,14 +164,16 @@ class PackedLinear(torch.nn.Module):
         rows = sum(part.shape[0] for part in parts)
         if activation == "swiglu" and rows % 2:
             raise ConfigurationError(f"a SwiGLU weight holds as many gates as ups; got {rows} rows")
-        self.kind, self.activation = kind, activation
+        self.activation = activation
         self.out_features = _out_features(rows, ACTIVATIONS[activation])
         self.in_features = parts[0].shape[1]
-        self._kind, self._activation, self._outputs = KINDS[kind], ACTIVATIONS[activation], rows
-        self._inputs = self.in_features + -self.in_features % _INPUT_MULTIPLE[self._kind]
+        self._activation, self._outputs = ACTIVATIONS[activation], rows
+        self._inputs = self.in_features + -self.in_features % _INPUT_MULTIPLE[KINDS[kind]]
         if activation == "swiglu" and joined_bias is not None:
             joined_bias = packing.interleave_gate_up(joined_bias)
         packed, scales = _pack(parts, kind, activation == "swiglu")
+        self.kind = "bf16" if kind == "bf16_compact" and scales is None else kind
+        self._kind = KINDS[self.kind]
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         if joined_bias is not None:
@@ -195,6 +227,11 @@ class PackedLinear(torch.nn.Module):
         """
         if self.activation == "swiglu" or self.kind == "int8_channel":
             raise ConfigurationError("rows() is for an embedding: bf16, int8 or int4, without SwiGLU")
+        if self.kind == "bf16_compact":
+            rows: Tensor = torch.ops.smolvlm_fms.compact_rows(
+                ids, self.packed, self.scales, self._outputs, self._inputs
+            )
+            return rows[..., : self.in_features]
         flat = ids.reshape(-1)
         panel, column = flat // packing.PANEL, flat % packing.PANEL
         words = self.packed[panel, :, column].contiguous()
@@ -236,8 +273,8 @@ def _pack(given: list[Tensor | GroupedWeight], kind: str, swiglu: bool) -> tuple
     parts = [part for part in given if isinstance(part, Tensor)]
     if len(parts) < len(given):
         return _pack_grouped([part for part in given if isinstance(part, GroupedWeight)], kind, swiglu)
-    if kind == "bf16":
-        return _pack_bf16(parts, swiglu), None
+    if kind.startswith("bf16"):
+        return _pack_bf16(parts, swiglu, kind == "bf16_compact")
     weight_NK = torch.cat(parts) if len(parts) > 1 else parts[0]
     weight_NK = packing.interleave_gate_up(weight_NK) if swiglu else weight_NK
     if kind == "int8_channel":
@@ -261,20 +298,38 @@ def _pack_grouped(parts: list[GroupedWeight], kind: str, swiglu: bool) -> tuple[
     return packed, packing.pack_group_scales(scales_NG)
 
 
-def _pack_bf16(parts: list[Tensor], swiglu: bool) -> Tensor:
-    """``packing.pack_bf16`` of the joined (and, for SwiGLU, interleaved) parts, straight from where they lie."""
+def _pack_bf16(parts: list[Tensor], swiglu: bool, compact: bool) -> tuple[Tensor, Tensor | None]:
+    """``packing.pack_bf16`` of the joined (and, for SwiGLU, interleaved) parts, straight from where they lie. If
+    ``compact``, in 12 bits with the list of exceptions, unless there are too many."""
     if not loader.built():
         joined = torch.cat(parts)
-        return packing.pack_bf16(packing.interleave_gate_up(joined) if swiglu else joined)
+        return packing.pack_bf16(packing.interleave_gate_up(joined) if swiglu else joined), None
     parts = [part.to(torch.bfloat16).contiguous() for part in parts]
     width = parts[0].shape[1]
     rows_N = np.concatenate([part.data_ptr() + np.arange(len(part), dtype=np.int64) * (2 * width) for part in parts])
     if swiglu:
         rows_N = packing.interleave_gate_up(torch.from_numpy(rows_N)).numpy()
     rows_N = np.ascontiguousarray(np.pad(rows_N, (0, -len(rows_N) % packing.PANEL)))
-    packed = memory.empty((len(rows_N) // packing.PANEL, -(-width // 2), packing.PANEL), torch.int32)
-    status = loader.library().svk_pack_bf16(
-        rows_N.ctypes.data, len(rows_N), width, packed.data_ptr(), torch.get_num_threads()
-    )
+    panels, pairs, threads = len(rows_N) // packing.PANEL, -(-width // 2), torch.get_num_threads()
+    if compact:
+        compacted = _pack_compact(rows_N, width, panels, pairs, threads)
+        if compacted is not None:
+            return compacted
+    packed = memory.empty((panels, pairs, packing.PANEL), torch.int32)
+    status = loader.library().svk_pack_bf16(rows_N.ctypes.data, len(rows_N), width, packed.data_ptr(), threads)
     loader.check(status, "pack_bf16")
-    return packed
+    return packed, None
+
+
+def _pack_compact(
+    rows_N: np.ndarray, width: int, panels: int, pairs: int, threads: int
+) -> tuple[Tensor, Tensor] | None:
+    packed = memory.empty((panels, pairs, _COMPACT_WORDS), torch.int32)
+    listed = torch.empty(2 * panels + 1 + 2 * panels * (pairs // 2 + 1), dtype=torch.int32)
+    used = loader.library().svk_pack_bf16_compact(
+        rows_N.ctypes.data, len(rows_N), width, packed.data_ptr(), listed.data_ptr(), threads
+    )
+    if used == loader.BAD_ARGUMENT:
+        return None
+    loader.check(min(used, loader.OK), "pack_bf16")
+    return packed, listed[:used].clone()

@@ -15,7 +15,7 @@ from smolvlm_fms.errors import CapacityError, ConfigurationError, MissingDepende
 
 LIBRARY = Path(__file__).with_name("libsvk.so")
 
-BF16, INT8_CHANNEL, INT8_GROUPS, INT4_GROUPS = range(4)
+BF16, INT8_CHANNEL, INT8_GROUPS, INT4_GROUPS, BF16_COMPACT = range(5)
 NO_ACTIVATION, GELU_TANH, SWIGLU, QUICK_GELU = range(4)
 OK, NO_MEMORY, BAD_ARGUMENT = 0, -1, -2
 
@@ -233,6 +233,9 @@ def _open() -> ctypes.CDLL | None:
         return None
     library.svk_isa.restype = ctypes.c_char_p
     library.svk_pack_bf16.argtypes = [_ptr, _i64, _i64, _ptr, _i64]
+    library.svk_pack_bf16_compact.argtypes = [_ptr, _i64, _i64, _ptr, _ptr, _i64]
+    library.svk_pack_bf16_compact.restype = _i64
+    library.svk_compact_rows.argtypes = [ctypes.POINTER(Weights), _ptr, _i64, _ptr]
     for name, structures in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(structure) for structure in structures]

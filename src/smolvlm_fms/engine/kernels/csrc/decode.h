@@ -23,6 +23,7 @@ struct Decode {
   // Each thread's own.
   Rows rows = {};            // activations of the linear at hand; shared unless `solo`
   float* y = nullptr;        // one row of the widest input
+  u32* panel = nullptr;      // room to widen a panel of compact weights in
   AttentionScratch scratch = {};
 
   long x_stride() const { return round_up(m.width, 64); }
@@ -45,6 +46,7 @@ struct Decode {
   void carve_own(Carver& from) {
     if (solo) rows = Rows::carve_any(from, a.rows, widest());
     y = from.take<float>(widest());
+    panel = from.take<u32>(most_widened_words(m));
     scratch = AttentionScratch::carve(from, PART_KEYS);
   }
 
@@ -58,7 +60,7 @@ struct Decode {
     }
     if (!solo) team.wait();
     Rows of_kind = rows;
-    if (w.kind != SVK_BF16) of_kind.bf16 = nullptr;  // never widened
+    if (w.kind != SVK_BF16 && w.kind != SVK_BF16_COMPACT) of_kind.bf16 = nullptr;  // never widened
     return of_kind;
   }
 
@@ -69,7 +71,7 @@ struct Decode {
   }
 
   void run_linear(const svk_weights& w, const Rows& in, const Epilogue& e) {
-    linear_by_columns(w, in, a.rows, team.thread, team.threads, nullptr, e);
+    linear_by_columns(w, in, a.rows, team.thread, team.threads, panel, e);
     team.wait();
   }
 

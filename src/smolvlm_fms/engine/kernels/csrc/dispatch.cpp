@@ -32,13 +32,15 @@ const svk_table* find_table(const char* name) {
 
 std::atomic<const svk_table*> chosen{nullptr};
 
-const svk_table& table() {
+const svk_table& table() { return svk_current_table(); }
+
+}  // namespace
+
+const svk_table& svk_current_table() {
   const svk_table* t = chosen.load(std::memory_order_relaxed);
   if (!t) chosen.store(t = find_table(nullptr), std::memory_order_relaxed);
   return *t;
 }
-
-}  // namespace
 
 extern "C" {
 

@@ -13,7 +13,10 @@ struct svk_table {
   int (*decode)(const svk_text_model&, const svk_cache&, const svk_step_args&);
   int (*prefill)(const svk_text_model&, const svk_cache&, const svk_step_args&);
   int (*tower_blocks)(const svk_tower&, const svk_tower_args&);
+  long (*pack_compact_panel)(const uint32_t*, long, char*, int32_t*, svk_listed_word*, long);
 };
+
+const svk_table& svk_current_table();  // the one in use
 
 #ifdef SVK_ISA
 #include "decode.h"
@@ -24,5 +27,6 @@ struct svk_table {
 #define SVK_DEFINE_TABLE(variable, isa_name) \
   extern const svk_table variable;           \
   const svk_table variable = {isa_name,                  SVK_ISA::linear, SVK_ISA::vision_attention, SVK_ISA::norm, \
-                              SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill, SVK_ISA::tower_blocks}
+                              SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill, SVK_ISA::tower_blocks, \
+                              SVK_ISA::pack_compact_panel}
 #endif

@@ -1,5 +1,6 @@
 // Packed linears: out = residual + scale * activation(x W^T + bias), for weights of every kind.
 #pragma once
+#include "compact.h"
 #include "rows.h"
 #include "team.h"
 #include "tile.h"
@@ -8,7 +9,15 @@ namespace SVK_ISA {
 
 // Rows that one pass over a panel serves. The group kinds need registers for two planes of activations.
 constexpr int GROUP_ROWS = TILE_VECS >= 4 ? 4 : 1;
-SVK_INLINE int rows_per_tile(int64_t kind) { return kind >= SVK_INT8_GROUPS ? GROUP_ROWS : TILE_ROWS; }
+SVK_INLINE bool grouped(int64_t kind) { return kind == SVK_INT8_GROUPS || kind == SVK_INT4_GROUPS; }
+#ifdef SVK_COMPACT_VECTORS
+constexpr int MOST_ROWS = COMPACT_ROWS;
+#else
+constexpr int MOST_ROWS = TILE_ROWS;
+#endif
+SVK_INLINE int rows_per_tile(int64_t kind) {
+  return kind == SVK_BF16_COMPACT ? MOST_ROWS : grouped(kind) ? GROUP_ROWS : TILE_ROWS;
+}
 
 // The panel's columns [first, first + count) * 16 times rows m0 ... m0 + M - 1, into `sums` [TILE_ROWS][64].
 template <int M>
@@ -140,6 +149,13 @@ static void panel_groups(const svk_weights& w, long p, const Rows& rows, long m0
 
 template <int M>
 SVK_INLINE void panel_any(const svk_weights& w, long p, const Rows& rows, long m0, int first, int count, float* sums) {
+#ifdef SVK_COMPACT_VECTORS
+  if (w.kind == SVK_BF16_COMPACT) {
+    const u16* a = rows.bf16 + m0 * rows.stride;
+    return panel_compact<M>(CompactPanel::of(w, p), w.k, a, rows.stride, first, count, sums);
+  }
+#endif
+  if constexpr (M > TILE_ROWS) return;
   if (w.kind == SVK_BF16) {
     const u16* a = rows.bf16 + m0 * rows.stride;
     panel_bf16<M>((const u32*)w.packed + p * PANEL * (w.k / 2), w.k, a, rows.stride, first, count, sums);
@@ -244,6 +260,15 @@ struct Epilogue {
   }
 };
 
+SVK_INLINE long panel_bytes(const svk_weights& w) {
+  switch (w.kind) {
+    case SVK_BF16: return PANEL * w.k * 2;
+    case SVK_BF16_COMPACT: return w.k / 2 * SVK_COMPACT_ROW;
+    case SVK_INT4_GROUPS: return PANEL * w.k / 2;
+    default: return PANEL * w.k;
+  }
+}
+
 // A piece of the panel that comes next, a few lines with every tile of rows, so that it is in the second-level cache
 // when its turn comes: weights of a whole model come from memory each time.
 struct Upcoming {
@@ -253,7 +278,7 @@ struct Upcoming {
   // Piece `piece` of `pieces` of panel p, over `tiles` tiles; nothing beyond the last panel.
   static Upcoming of(const svk_weights& w, long p, long piece, long pieces, long tiles) {
     if (p * PANEL >= w.n) return {};
-    const long bytes = PANEL * w.k * (w.kind == SVK_BF16 ? 2 : 1);
+    const long bytes = panel_bytes(w);
     const char* panel = (const char*)w.packed + p * bytes;
     Range mine = share(bytes / 64, piece, pieces);
     return {panel + mine.begin * 64, panel + mine.end * 64, ceil_div(mine.end - mine.begin, tiles) * 64};
@@ -270,10 +295,10 @@ static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, 
   const int step = rows_per_tile(w.kind);
   for (long m = rows.begin; m < rows.end; m += step) {
     int live = (int)lmin(step, rows.end - m);
-    alignas(64) float sums[TILE_ROWS * PANEL];
+    alignas(64) float sums[MOST_ROWS * PANEL];
     e.expect(m, live, p);
     upcoming.fetch();
-    with_rows<TILE_ROWS>(live, [&](auto m_const) {
+    with_rows<MOST_ROWS>(live, [&](auto m_const) {
       panel_any<decltype(m_const)::value>(w, p, a, m, first, count, sums);
     });
     e.finish(sums, m, live, p, first, count);
@@ -313,33 +338,57 @@ constexpr long WIDEN_FROM_ROWS = 32;
 
 // The form in which activations go to a linear: what its weights multiply, or bf16 when these are widened.
 SVK_INLINE int64_t row_kind(const svk_weights& w, long rows) {
-  return w.kind >= SVK_INT8_GROUPS && rows >= WIDEN_FROM_ROWS ? (int64_t)SVK_BF16 : w.kind;
+  return w.kind == SVK_BF16_COMPACT || (grouped(w.kind) && rows >= WIDEN_FROM_ROWS) ? (int64_t)SVK_BF16 : w.kind;
 }
 
 // Words of the scratch that each thread needs to widen a panel.
-SVK_INLINE long widened_words(const svk_weights& w) { return w.kind >= SVK_INT8_GROUPS ? PANEL * (w.k / 2) : 0; }
-
-// panel_rows, through the bf16 scratch when the activations are bf16 and the weights are not.
-SVK_INLINE void panel_rows_widened(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
-                                   u32* bf16_panel, const Epilogue& e, const Upcoming& upcoming = {}) {
-  if (!a.bf16 || w.kind == SVK_BF16) return panel_rows(w, a, rows, p, first, count, e, upcoming);
-  w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, bf16_panel) : dequantize_panel<4>(w, p, bf16_panel);
-  svk_weights one = w;
-  one.kind = SVK_BF16;
-  one.packed = (const void*)((uintptr_t)bf16_panel - (uintptr_t)(p * PANEL * (w.k / 2) * 4));  // panel p: the scratch
-  panel_rows(one, a, rows, p, first, count, e);
+SVK_INLINE long widened_words(const svk_weights& w) {
+  return grouped(w.kind) || w.kind == SVK_BF16_COMPACT ? PANEL * (w.k / 2) : 0;
 }
+
+// Whether a linear's weights become plain bf16, a panel at a time, before they are multiplied: grouped ones where the
+// activations are bf16, compact ones for many rows (or without the vectors that unpack them).
+SVK_INLINE bool widens(const svk_weights& w, const Rows& a, long rows) {
+#ifdef SVK_COMPACT_VECTORS
+  if (w.kind == SVK_BF16_COMPACT) return rows > 4 * COMPACT_ROWS;
+#else
+  (void)rows;
+#endif
+  return a.bf16 && w.kind != SVK_BF16;
+}
+
+static void widen_panel(const svk_weights& w, long p, u32* out) {
+  if (w.kind == SVK_BF16_COMPACT) return unpack_panel(CompactPanel::of(w, p), w.k / 2, out);
+  w.kind == SVK_INT8_GROUPS ? dequantize_panel<8>(w, p, out) : dequantize_panel<4>(w, p, out);
+}
+
+// The weights as they are multiplied: themselves, or, where they widen, a panel at a time in the scratch.
+struct Panels {
+  const svk_weights& w;
+  u32* scratch;  // null: they do not widen
+  long held = -1;
+
+  svk_weights at(long p) {
+    if (!scratch) return w;
+    if (p != held) widen_panel(w, held = p, scratch);
+    svk_weights one = w;
+    one.kind = SVK_BF16;
+    one.packed = (const void*)((uintptr_t)scratch - (uintptr_t)(p * PANEL * (w.k / 2) * 4));
+    return one;
+  }
+};
 
 // One thread's share of the columns, for all rows: few rows, so that each weight is read by one thread only.
 static void linear_by_columns(const svk_weights& w, const Rows& a, long rows, int thread, int threads, u32* bf16_panel,
                               const Epilogue& e) {
   const bool whole = e.activation == SVK_SWIGLU;  // gate and up of an output lie in both halves of a panel
   const long half = whole ? 4 : 2;                // vectors that stay together
+  Panels panels = {w, widens(w, a, rows) ? bf16_panel : nullptr};
   Range mine = share(ceil_div(w.n, half * 16), thread, threads);
   for (long at = mine.begin * half; at < mine.end * half;) {
     long p = at / 4;
     int first = (int)(at % 4), count = (int)lmin(4 - first, mine.end * half - at);
-    panel_rows_widened(w, a, {0, rows}, p, first, count, bf16_panel, e);
+    panel_rows(panels.at(p), a, {0, rows}, p, first, count, e);
     at += count;
   }
 }
@@ -353,17 +402,16 @@ static void linear_by_rows(const svk_weights& w, const Rows& a, long rows, int p
   while (threads % row_parts) row_parts--;
   const Range mine = share(tiles, part % row_parts, row_parts);
   const Range panels = share(ceil_div(w.n, PANEL), part / row_parts, threads / row_parts);
-  const bool widened = a.bf16 && w.kind != SVK_BF16;  // a panel is widened for all rows
-  const long pieces = taken && !widened ? lmax(1, (mine.end - mine.begin) / 16) : 1;
+  const long pieces = taken ? lmax(1, (mine.end - mine.begin) / 16) : 1;
+  Panels plain = {w, widens(w, a, rows) ? bf16_panel : nullptr};
   long own = 0;
   for (long i; (i = taken ? next_item(taken + part) : own++) < (panels.end - panels.begin) * pieces;) {
     const long p = panels.begin + i / pieces;
     Range piece = share(mine.end - mine.begin, i % pieces, pieces);
     const Range run = {(mine.begin + piece.begin) * TILE_ROWS, lmin((mine.begin + piece.end) * TILE_ROWS, rows)};
     const int count = e.activation == SVK_SWIGLU ? 4 : (int)lmin(4, ceil_div(w.n - p * PANEL, 16));
-    const Upcoming next =
-        widened ? Upcoming() : Upcoming::of(w, p + 1, i % pieces, pieces, lmax(1, piece.end - piece.begin));
-    panel_rows_widened(w, a, run, p, 0, count, bf16_panel, e, next);
+    const Upcoming next = Upcoming::of(w, p + 1, i % pieces, pieces, lmax(1, piece.end - piece.begin));
+    panel_rows(plain.at(p), a, run, p, 0, count, e, next);
   }
 }
 

@@ -1,10 +1,16 @@
-// svk_pack_bf16: a transposition at the speed of memory, the same on every instruction set.
+// Packing: a transposition at the speed of memory, the same on every instruction set; compact panels by its kernels.
 #include <string.h>
+
+#include <memory>
+#include <new>
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "svk.h"
+#include <omp.h>
+
+#include "compact_format.h"
+#include "isa_table.h"
 
 namespace {
 
@@ -53,5 +59,48 @@ extern "C" int svk_pack_bf16(const uint16_t* const* rows, int64_t n, int64_t k, 
   prefer_huge_pages(packed, n / PANEL * words * 4);
 #pragma omp parallel for schedule(static) num_threads((int)threads)
   for (int64_t p = 0; p < n / PANEL; p++) pack_panel(rows + p * PANEL, k, packed + p * words);
+  return SVK_OK;
+}
+
+extern "C" int64_t svk_pack_bf16_compact(const uint16_t* const* rows, int64_t n, int64_t k, char* packed,
+                                         int32_t* listed, int64_t threads) {
+  if (n % PANEL || k < 1 || threads < 1) return SVK_BAD_ARGUMENT;
+  const int64_t panels = n / PANEL, pairs = (k + 1) / 2, room = pairs / 2 + 1;  // of 128 weights a pair: one in 256
+  int32_t *bases = listed, *first = bases + panels;
+  svk_listed_word* words = (svk_listed_word*)(first + panels + 1);
+  std::unique_ptr<uint32_t[]> plain(new (std::nothrow) uint32_t[(size_t)(threads * pairs * PANEL)]);
+  std::unique_ptr<int64_t[]> count(new (std::nothrow) int64_t[(size_t)panels]);
+  if (!plain || !count) return SVK_NO_MEMORY;
+#pragma omp parallel for schedule(static) num_threads((int)threads)
+  for (int64_t p = 0; p < panels; p++) {
+    uint32_t* panel = plain.get() + omp_get_thread_num() * pairs * PANEL;
+    pack_panel(rows + p * PANEL, k, panel);
+    count[p] = svk_current_table().pack_compact_panel(panel, pairs, packed + p * pairs * SVK_COMPACT_ROW, bases + p,
+                                                      words + p * room, room);
+  }
+  int64_t used = 0;
+  for (int64_t p = 0; p < panels; p++) {
+    if (count[p] < 0) return SVK_BAD_ARGUMENT;
+    memmove(words + used, words + p * room, (size_t)count[p] * sizeof *words);
+    first[p] = (int32_t)used, used += count[p];
+  }
+  first[panels] = (int32_t)used;
+  return (int32_t*)(words + used) - listed;
+}
+
+extern "C" int svk_compact_rows(const svk_weights* w, const int64_t* ids, int64_t count, uint16_t* out) {
+  const int64_t pairs = w->k / 2, panels = (w->n + PANEL - 1) / PANEL;
+  const int32_t *bases = (const int32_t*)w->scales, *first = bases + panels;
+  const svk_listed_word* words = (const svk_listed_word*)(first + panels + 1);
+  for (int64_t i = 0; i < count; i++) {
+    if (ids[i] < 0 || ids[i] >= w->n) return SVK_BAD_ARGUMENT;
+    const int64_t p = ids[i] / PANEL, column = ids[i] % PANEL;
+    const char* panel = (const char*)w->packed + p * pairs * SVK_COMPACT_ROW;
+    uint16_t* row = out + i * w->k;
+    for (int64_t j = 0; j < w->k; j++)
+      row[j] = svk_compact_value(panel + j / 2 * SVK_COMPACT_ROW, column / 16, column % 16 * 2 + j % 2, bases[p]);
+    for (const svk_listed_word *one = words + first[p], *end = words + first[p + 1]; one < end; one++)
+      if (one->word % PANEL == (uint32_t)column) memcpy(row + one->word / PANEL * 2, &one->value, 4);
+  }
   return SVK_OK;
 }

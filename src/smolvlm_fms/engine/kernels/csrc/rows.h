@@ -80,7 +80,7 @@ SVK_INLINE void quantize_row16(const float* x, long k, int8_t* q, int8_t* q_low,
 
 // One row of floats (zeros up to a multiple of 32) into row m of `rows`.
 SVK_INLINE void prepare_row(const float* x, long k, int64_t kind, const Rows& rows, long m) {
-  if (kind == SVK_BF16) {
+  if (kind == SVK_BF16 || kind == SVK_BF16_COMPACT) {
     for (long i = 0; i < k; i += 16) store_bf16((u16*)rows.bf16 + m * rows.stride + i, load(x + i));
   } else if (kind == SVK_INT8_CHANNEL) {
     quantize_row8(x, k, rows.q + m * rows.stride, rows.scale + m, rows.sum + m);

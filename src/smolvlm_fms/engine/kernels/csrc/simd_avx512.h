@@ -105,6 +105,57 @@ SVK_INLINE PairCols load_pairs(const uint32_t* p) { return _mm512_loadu_si512(p)
 SVK_INLINE PairRow splat_pair(uint32_t x) { return _mm512_set1_epi32((int)x); }
 SVK_INLINE vf dot_pairs(vf acc, PairCols b, PairRow a) { return _mm512_dpbf16_ps(acc, (__m512bh)b, (__m512bh)a); }
 
+#define SVK_COMPACT_VECTORS  // see compact.h
+struct CompactTable { __m512i exponents; };  // of each code, in its place, twice: five bits of a lane choose
+SVK_INLINE CompactTable compact_table(int base) {
+  alignas(64) uint16_t t[32];
+  for (int i = 0; i < 32; i++) t[i] = (uint16_t)(i & 15 ? (base + (i & 15)) << 7 : 0);
+  return {_mm512_load_si512(t)};
+}
+SVK_INLINE __m512i swapped_bytes(__m512i x) {
+  return _mm512_shuffle_epi8(
+      x, _mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)));
+}
+// Vectors [FIRST, FIRST + COUNT) of a compact row; both even.
+template <int FIRST, int COUNT>
+SVK_INLINE void load_compact(const char* row, const CompactTable& table, PairCols (&cols)[COUNT]) {
+  const __m512i kept = _mm512_set1_epi16((short)0x807f), codes = _mm512_loadu_si512(row + 128);
+  auto joined = [&](__m512i lanes, __m512i code) {  // bits of `kept` from the lanes, the others from the table
+    return _mm512_ternarylogic_epi32(kept, lanes, _mm512_permutexvar_epi16(code, table.exponents), 0xca);
+  };
+#pragma GCC unroll 2
+  for (int n = 0; n < COUNT; n += 2) {
+    const __m512i lanes = _mm512_loadu_si512(row + (FIRST + n) / 2 * 64);
+    cols[n] = joined(lanes, FIRST + n ? _mm512_srli_epi16(codes, 4 * (FIRST + n)) : codes);
+    cols[n + 1] = joined(swapped_bytes(lanes), _mm512_srli_epi16(codes, 4 * (FIRST + n + 1)));
+  }
+}
+// 64 words into a compact row. Words with an exponent outside the codes become zeros: their bits are set in the answer.
+SVK_INLINE uint64_t store_compact(const uint32_t* words, int base, uint16_t* lanes) {
+  const __m512i kept = _mm512_set1_epi16((short)0x807f), exponent_bits = _mm512_set1_epi16(0xff);
+  __m512i codes = _mm512_setzero_si512(), pair = codes;
+  uint64_t outside = 0;
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) {
+    const __m512i x = _mm512_loadu_si512(words + v * 16);
+    const __m512i exponent = _mm512_and_si512(_mm512_srli_epi16(x, 7), exponent_bits);
+    const __mmask32 any = _mm512_test_epi16_mask(exponent, exponent);
+    const __m512i code = _mm512_maskz_sub_epi16(any, exponent, _mm512_set1_epi16((short)base));
+    const __mmask32 within = ~any | (_mm512_cmpgt_epi16_mask(code, _mm512_setzero_si512()) &
+                                     _mm512_cmplt_epi16_mask(code, _mm512_set1_epi16(16)));
+    // A word is two lanes: it is outside as a whole.
+    const __mmask16 out_words = _mm512_cmpneq_epi32_mask(_mm512_movm_epi16(within), _mm512_set1_epi32(-1));
+    const __m512i good = _mm512_movm_epi32((__mmask16)~out_words);
+    const __m512i bits = _mm512_and_si512(_mm512_and_si512(x, kept), good);
+    outside |= (uint64_t)out_words << (16 * v);
+    codes = _mm512_or_si512(codes, _mm512_sll_epi16(_mm512_and_si512(code, good), _mm_cvtsi32_si128(4 * v)));
+    pair = v & 1 ? _mm512_or_si512(pair, swapped_bytes(bits)) : bits;
+    if (v & 1) _mm512_storeu_si512(lanes + v / 2 * 32, pair);
+  }
+  _mm512_storeu_si512(lanes + 64, codes);
+  return outside;
+}
+
 SVK_INLINE QuadCols as_quads(vi x) { return x; }
 SVK_INLINE QuadRow splat_quad(uint32_t x) { return _mm512_set1_epi32((int)x); }
 // Inline assembly: GCC 12 copies the accumulator around the intrinsic, which halves the speed.

@@ -6,7 +6,9 @@
 //   SVK_INT8_CHANNEL  uint32 [panels][k/4][64]   four consecutive inputs, each stored as unsigned q + 128
 //   SVK_INT8_GROUPS   the same bytes
 //   SVK_INT4_GROUPS   uint32 [panels][k/8][64]   inputs 0..3 in the low nibbles of the bytes, 4..7 in the high, q + 8
+//   SVK_BF16_COMPACT  192 bytes [panels][k/2]     the words of SVK_BF16 in 12 bits a weight: compact_format.h
 // Scales: float [panels*64] for _CHANNEL, bf16 [panels][k/32][64] for _GROUPS. k is padded with zeros to 2, 4 or 32.
+// In their place _COMPACT has int32: [panels] bases of exponents, [panels + 1] first listed words, svk_listed_word [...].
 // A SwiGLU linear holds 32 gate outputs and then their 32 up outputs in each panel; n counts both.
 //
 // Keys and values. One layer and head has blocks of 64 positions one after another:
@@ -22,9 +24,13 @@
 extern "C" {
 #endif
 
-enum { SVK_BF16 = 0, SVK_INT8_CHANNEL = 1, SVK_INT8_GROUPS = 2, SVK_INT4_GROUPS = 3 };
+enum { SVK_BF16 = 0, SVK_INT8_CHANNEL = 1, SVK_INT8_GROUPS = 2, SVK_INT4_GROUPS = 3, SVK_BF16_COMPACT = 4 };
 enum { SVK_NONE = 0, SVK_GELU_TANH = 1, SVK_SWIGLU = 2, SVK_QUICK_GELU = 3 };
 enum { SVK_OK = 0, SVK_NO_MEMORY = -1, SVK_BAD_ARGUMENT = -2 };
+
+typedef struct {
+  uint32_t word, value;  // its place in a panel of SVK_BF16, and what stands there
+} svk_listed_word;
 
 typedef struct {
   int64_t kind;
@@ -131,6 +137,13 @@ SVK_EXPORT const char* svk_isa(void);                // the instruction set in u
 SVK_EXPORT int svk_set_isa(const char* name);        // for tests; SVK_BAD_ARGUMENT where this machine cannot run it
 // Packs n rows of k bf16 values, row i at rows[i] (null: zeros), into SVK_BF16 panels at `packed`. n is a multiple of 64.
 SVK_EXPORT int svk_pack_bf16(const uint16_t* const* rows, int64_t n, int64_t k, uint32_t* packed, int64_t threads);
+// The same into SVK_BF16_COMPACT: `packed`, and into `listed` what weights have as `scales`, in the end cut to the answer,
+// a number of int32. SVK_BAD_ARGUMENT also where a panel has more words to list than one for 256 weights; `listed` has
+// room for 2 panels + 1 + 2 * panels * (k/2/2 + 1) int32.
+SVK_EXPORT int64_t svk_pack_bf16_compact(const uint16_t* const* rows, int64_t n, int64_t k, char* packed,
+                                         int32_t* listed, int64_t threads);
+// Rows `ids` of compact weights as bf16, [count][k].
+SVK_EXPORT int svk_compact_rows(const svk_weights*, const int64_t* ids, int64_t count, uint16_t* out);
 SVK_EXPORT int svk_linear(const svk_weights*, const svk_linear_args*);
 SVK_EXPORT int svk_vision_attention(const svk_vision_attention_args*);
 SVK_EXPORT int svk_norm(const svk_norm_args*);

@@ -4,11 +4,9 @@
 
 namespace SVK_ISA {
 
-// c[m][n] = sum over pairs of row m of `a` with 16 columns of a bf16 panel. `b` is the panel at the first column.
+// c[m][n] += sum over pairs of row m of `a` with 16 columns of a bf16 panel. `b` is the panel at the first column.
 template <int M, int N>
-SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) c[m][n] = zero();
+SVK_INLINE void tile_bf16_more(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
   for (long k = 0; k < pairs; k++) {
     PairCols cols[N];
 #pragma GCC unroll 8
@@ -20,6 +18,13 @@ SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stri
       for (int n = 0; n < N; n++) c[m][n] = dot_pairs(c[m][n], cols[n], row);
     }
   }
+}
+
+template <int M, int N>
+SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) c[m][n] = zero();
+  tile_bf16_more<M, N>(a, a_stride, b, b_stride, pairs, c);
 }
 
 // The same in integers, added to what is in c: signed 8-bit rows with a panel of unsigned 8-bit columns (q + 128: the
@@ -63,7 +68,7 @@ SVK_INLINE void tile_weights(const uint8_t* a, long a_stride, const u32* b, long
 template <int V> struct Const { static constexpr int value = V; };
 
 template <int MAX, class F> SVK_INLINE void with_rows(int m, F&& f) {
-  static_assert(MAX <= 6, "add a case");
+  static_assert(MAX <= 8, "add a case");
   switch (m) {
     case 1: return f(Const<1>());
     case 2: if constexpr (MAX >= 2) return f(Const<2>()); break;
@@ -71,6 +76,8 @@ template <int MAX, class F> SVK_INLINE void with_rows(int m, F&& f) {
     case 4: if constexpr (MAX >= 4) return f(Const<4>()); break;
     case 5: if constexpr (MAX >= 5) return f(Const<5>()); break;
     case 6: if constexpr (MAX >= 6) return f(Const<6>()); break;
+    case 7: if constexpr (MAX >= 7) return f(Const<7>()); break;
+    case 8: if constexpr (MAX >= 8) return f(Const<8>()); break;
   }
 }
 
