@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -320,3 +321,44 @@ def test_wrong_inputs_are_named() -> None:
             [layer], reference.final_norm, model.head, heads=4, kv_heads=4, head_dim=16, cos=model._floats[-2],
             sin=model._floats[-1], eps=1e-5,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("kind", ["bf16", "bf16_compact", "int8", "int4"])
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_step_from_tokens_is_one_from_their_embeddings(isa: str, kind: str, rows: int) -> None:
+    model = Reference(SHAPES["grouped"], kind).packed
+    places = torch.tensor([i % 3 for i in range(rows)]), 64 * torch.arange(rows)
+    positions, starts = (place.tolist() for place in places)
+    ids = [(model.vocabulary - 1) * i // max(1, rows - 1) for i in range(rows)]
+    caches = [model.new_cache(64 * rows) for _ in range(2)]
+    for cache in caches:
+        cache.keys.zero_(), cache.values.zero_()
+    with kernels.use_isa(isa):
+        want = model.decode(model.head.rows(torch.tensor(ids)), *places, caches[0])
+        got, best = model.step(ids, positions, starts, caches[1])
+        assert torch.equal(got, want) and best == want.argmax(1).tolist()
+        banned = [*{best[0], 0}]
+        got, best = model.step(ids, positions, starts, caches[1], banned)
+    want[:, banned] = -torch.inf
+    assert torch.equal(got, want) and best == want.argmax(1).tolist()
+    table = torch.randn(model.vocabulary, model.width).bfloat16()
+    model.c_model.embeddings = table.data_ptr()  # weights that are not tied
+    want = model.decode(table[ids], *places, caches[0])
+    assert torch.equal(model.step(ids, positions, starts, caches[1])[0], want)
+
+
+def test_the_first_of_equal_logits_is_chosen_and_nothing_beyond_the_ends_is_read() -> None:
+    reference = Reference(SHAPES["grouped"], "bf16")
+    model, cache = reference.packed, reference.packed.new_cache(64)
+    everything = [*range(model.vocabulary)]
+    for left in ([7], [7, 90], []):  # all others are banned; in the end every logit is -infinity
+        model.c_model.logits_scale = 0.0
+        _, best = model.step([1], [0], [0], cache, [token for token in everything if token not in left])
+        assert best == [left[0] if left else 0]
+    for wrong in ({"ids": [model.vocabulary]}, {"ids": [-1]}, {"ids": []}, {"banned": [model.vocabulary]}):
+        call: dict[str, Any] = {"ids": [1], "positions": [0], "starts": [0], "banned": [], **wrong}
+        with pytest.raises((InputError, ValueError)):
+            model.step(call["ids"], call["positions"], call["starts"], cache, call["banned"])
+    with pytest.raises(InputError, match="a multiple of 64"):
+        model.step([1], [0], [32], cache)

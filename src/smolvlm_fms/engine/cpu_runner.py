@@ -154,8 +154,7 @@ class CpuRunner(_Tower):
     @torch.inference_mode()
     def decode(self, sequences: SequenceOf[Sequence]) -> list[Sampled]:
         """One step for sequences at different positions."""
-        ids_B = torch.tensor([s.output[-1] for s in sequences])
-        positions_B = torch.tensor([s.computed for s in sequences])
-        starts_B = torch.tensor([s.extent.start for s in sequences if s.extent is not None])
-        hidden_BD = self.model.text_model.base_model.embed(ids_B)
-        return sample(self.text.decode(hidden_BD, positions_B, starts_B, self.cache), sequences, self.banned)
+        ids, positions = [s.output[-1] for s in sequences], [s.computed for s in sequences]
+        starts = [s.extent.start for s in sequences if s.extent is not None]
+        logits_BV, likeliest = self.text.step(ids, positions, starts, self.cache, self.banned)
+        return sample(logits_BV, sequences, likeliest=likeliest)

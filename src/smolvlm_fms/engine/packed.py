@@ -182,6 +182,7 @@ def kernel_text(text: TextModel) -> kernels.PackedText:
         ],
         text.base_model.dec_norm.weight,
         text.head,
+        embeddings=None if text.tied else text.base_model.embedding.weight,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,

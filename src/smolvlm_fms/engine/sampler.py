@@ -14,13 +14,19 @@ from smolvlm_fms.engine.sequence import Sampled, Sequence
 __all__ = ["choose", "filtered_probabilities", "reshape_logits", "sample", "uniform"]
 
 
-def sample(logits_BV: Tensor, sequences: SequenceOf[Sequence], banned: SequenceOf[int] = ()) -> list[Sampled]:
-    """Choose one token a row of ``logits_BV`` (B, V), any float dtype. ``banned`` ids are never chosen."""
+def sample(
+    logits_BV: Tensor,
+    sequences: SequenceOf[Sequence],
+    banned: SequenceOf[int] = (),
+    likeliest: list[int] | None = None,
+) -> list[Sampled]:
+    """Choose one token a row of ``logits_BV`` (B, V), any float dtype. ``banned`` ids are never chosen. ``likeliest``:
+    each row's, if they are known."""
     if banned:
         logits_BV = logits_BV.index_fill(1, torch.tensor(list(banned), device=logits_BV.device), float("-inf"))
     plain = [s for s in sequences if s.options.greedy and not s.options.reshapes and s.options.logprobs is None]
     if len(plain) == len(sequences):
-        return [Sampled(token) for token in _likeliest(logits_BV)]
+        return [Sampled(token) for token in likeliest or _likeliest(logits_BV)]
     return [choose(logits_V, sequence) for logits_V, sequence in zip(logits_BV, sequences, strict=True)]
 
 

@@ -35,15 +35,12 @@ class PackedCache:
             )
         except (RuntimeError, MemoryError) as error:
             raise CapacityError(f"no memory for {tokens} tokens of keys and values; keep fewer. ({error})") from error
+        self.c_cache = c_cache(self.keys, self.values)
 
     @staticmethod
     def bytes_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
         """Memory that one position takes, over all layers."""
         return layers * kv_heads * 2 * (head_dim + -(-head_dim // 16) * 16)
-
-    def c_cache(self) -> loader.Cache:
-        """The structure that C functions take; valid while this object lives."""
-        return c_cache(self.keys, self.values)
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Copies ``tokens`` positions between runs that start at the cache positions ``source`` and ``target``."""

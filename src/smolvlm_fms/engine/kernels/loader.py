@@ -142,6 +142,7 @@ class TextModel(ctypes.Structure):
         ("ff", _i64),
         ("layer", ctypes.POINTER(Layer)),
         ("final_norm", _ptr),
+        ("embeddings", _ptr),
         ("head", Weights),
         ("rope", Rope),
         ("eps", _f32),
@@ -163,6 +164,10 @@ class StepArgs(ctypes.Structure):
         ("normed", _ptr),
         ("rows", _i64),
         ("threads", _i64),
+        ("ids", _ptr),
+        ("banned", _ptr),
+        ("banned_count", _i64),
+        ("best", _ptr),
     ]
 
 

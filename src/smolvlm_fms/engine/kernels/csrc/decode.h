@@ -18,6 +18,7 @@ struct Decode {
   bool solo;    // each thread prepares activations for itself
   // Shared by the team.
   float *x = nullptr, *qkv = nullptr, *h = nullptr;  // [rows][width, qkv, ff], each padded to 64
+  long* best = nullptr;                              // [threads][rows]
   float *part_out = nullptr, *part_max = nullptr, *part_sum = nullptr;  // [rows][heads][splits], out with [d16] more
   long* counters = nullptr;                                             // attention items handed out, one a layer
   // Each thread's own.
@@ -40,6 +41,7 @@ struct Decode {
     part_max = from.take<float>(a.rows * m.heads * splits);
     part_sum = from.take<float>(a.rows * m.heads * splits);
     counters = from.take<long>(m.layers);
+    best = from.take<long>(team.threads * a.rows);
     if (!solo) rows = Rows::carve_any(from, a.rows, widest());
   }
 
@@ -149,7 +151,7 @@ struct Decode {
 
   void run() {
     Range mine = team.of(a.rows);
-    load_embeddings(m, a, x, x_stride(), mine);
+    load_embeddings(m, a, x, x_stride(), mine, (u16*)y);
     for (long r = mine.begin; r < mine.end; r++) memset(h + r * h_stride(), 0, (size_t)h_stride() * 4);
     for (long l = team.thread; l < m.layers; l += team.threads) counters[l] = 0;
     team.wait();
@@ -163,6 +165,42 @@ struct Decode {
     Epilogue e = to_floats(m.head, SVK_NONE, a.logits, m.head.n);
     e.scale = m.logits_scale;
     run_linear(m.head, prepare_normed(m.head, m.final_norm), e);
+    choose();
+  }
+
+  // Bans tokens, and finds each row's largest logit: every thread looks at what is likely in its own cache.
+  void choose() {
+    const Range mine = team.of(m.head.n);
+    for (long r = 0; r < a.rows; r++) {
+      float* logits = a.logits + r * m.head.n;
+      for (long i = 0; i < a.banned_count; i++)
+        if (a.banned[i] >= mine.begin && a.banned[i] < mine.end) logits[a.banned[i]] = -__builtin_inff();
+      if (a.best) best[team.thread * a.rows + r] = first_largest(logits, mine);
+    }
+    if (!a.best) return;
+    team.wait();
+    if (team.thread) return;
+    for (long r = 0; r < a.rows; r++) {
+      const float* logits = a.logits + r * m.head.n;
+      long found = best[r];
+      for (long t = 1; t < team.threads; t++) {
+        const long other = best[t * a.rows + r];
+        if (other >= 0 && (found < 0 || logits[other] > logits[found])) found = other;
+      }
+      a.best[r] = lmax(0, found);
+    }
+  }
+
+  // -1 where there is none: an empty range, or no numbers.
+  static long first_largest(const float* logits, Range range) {
+    vf top = splat(-__builtin_inff());
+    long i = range.begin;
+    for (; i + 16 <= range.end; i += 16) top = vmax(load(logits + i), top);
+    float largest = max_lanes(top);
+    for (; i < range.end; i++) largest = logits[i] > largest ? logits[i] : largest;
+    for (i = range.begin; i < range.end; i++)
+      if (logits[i] == largest) return i;
+    return -1;
   }
 };
 

@@ -131,7 +131,7 @@ struct Prefill {
 
   void run() {
     Range mine = team.of(a.rows);
-    load_embeddings(m, a, x, x_stride(), mine);
+    load_embeddings(m, a, x, x_stride(), mine, nullptr);
     for (long r = mine.begin; r < mine.end; r++) {  // what pads the widths must be zeros
       memset((void*)(h + r * h_stride()), 0, (size_t)h_stride() * 2);
       memset((void*)(attended + r * attended_stride()), 0, (size_t)attended_stride() * 2);

@@ -101,18 +101,23 @@ typedef struct {
   int64_t layers, width, heads, kv_heads, d, ff;
   const svk_layer* layer;
   const float* final_norm;
+  const uint16_t* embeddings;  // [vocabulary, width], or null: the head's rows
   svk_weights head;
   svk_rope rope;
   float eps, attention_scale, embedding_scale, residual_scale, logits_scale;
 } svk_text_model;
 
 typedef struct {
-  const uint16_t* hidden;              // [rows, width] embeddings
+  const uint16_t* hidden;              // [rows, width] embeddings; or null, in decode: those of `ids`
   const int64_t *positions, *starts;   // [rows]; prefill reads the first of each
   float* logits;                       // [rows, vocabulary]; prefill: of the last row; or null
   uint16_t* normed;                    // [rows, width] after the final norm, or null (prefill then skips what only
                                        // the other rows' last hidden states would need)
   int64_t rows, threads;
+  const int64_t* ids;                  // [rows]
+  const int64_t* banned;               // tokens whose logits decode sets to -infinity, banned_count of them
+  int64_t banned_count;
+  int64_t* best;                       // [rows], decode: where each row's largest logit is, the first of equals; or null
 } svk_step_args;
 
 typedef struct {
