@@ -57,7 +57,10 @@ def calls(vlm: sv.VLM) -> dict[str, list[tuple[Any, ...]]]:
             (bf16(2, 3, 33), int4.packed, int4.scales, None, None, int4._kind, 7, 64, 0, 1.0, True),
             (bf16(9, 33), compact.packed, compact.scales, None, None, compact._kind, 7, 34, 0, 1.0, False),
         ],
-        "compact_rows": [(torch.tensor([[6, 0]]), compact.packed, compact.scales, 7, 34)],
+        "packed_rows": [
+            (torch.tensor([[6, 0]]), compact.packed, compact.scales, compact._kind, 7, 34),
+            (torch.tensor([6]), int4.packed, int4.scales, int4._kind, 7, 64),
+        ],
         "vision_attention": [
             (bf16(2, 5, 3, 2, 6), None, 0.3),
             (bf16(1, 5, 3, 2, 6), torch.tensor([[True, False, True, True, False]]), 0.3),

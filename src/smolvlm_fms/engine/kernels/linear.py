@@ -103,25 +103,26 @@ def _packed_linear_fake(
     return x.new_empty((*x.shape[:-1], features), dtype=torch.float32 if fp32_out else torch.bfloat16)
 
 
-def _compact_rows(ids: Tensor, packed: Tensor, listed: Tensor, outputs: int, inputs: int) -> Tensor:
+def _packed_rows(ids: Tensor, packed: Tensor, scales: Tensor | None, kind: int, outputs: int, inputs: int) -> Tensor:
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     out = torch.empty((*ids.shape, inputs), dtype=torch.bfloat16)
-    weights = loader.Weights(loader.BF16_COMPACT, outputs, inputs, packed.data_ptr(), listed.data_ptr(), None)
-    status = loader.library().svk_compact_rows(weights, flat.data_ptr(), len(flat), out.data_ptr())
-    if status == loader.BAD_ARGUMENT:
+    weights = loader.Weights(kind, outputs, inputs, packed.data_ptr(), loader.pointer(scales), None)
+    if loader.library().svk_rows(weights, flat.data_ptr(), len(flat), out.data_ptr()) != loader.OK:
         raise IndexError(f"ids must lie in 0...{outputs - 1}; got {int(flat.min())}...{int(flat.max())}")
     return out
 
 
-def _compact_rows_fake(ids: Tensor, packed: Tensor, listed: Tensor, outputs: int, inputs: int) -> Tensor:
+def _packed_rows_fake(
+    ids: Tensor, packed: Tensor, scales: Tensor | None, kind: int, outputs: int, inputs: int
+) -> Tensor:
     return packed.new_empty((*ids.shape, inputs), dtype=torch.bfloat16)
 
 
 operator(_SCHEMA, _packed_linear, _packed_linear_fake)
 operator(
-    "compact_rows(Tensor ids, Tensor packed, Tensor listed, int outputs, int inputs) -> Tensor",
-    _compact_rows,
-    _compact_rows_fake,
+    "packed_rows(Tensor ids, Tensor packed, Tensor? scales, int kind, int outputs, int inputs) -> Tensor",
+    _packed_rows,
+    _packed_rows_fake,
 )
 
 
@@ -227,22 +228,10 @@ class PackedLinear(torch.nn.Module):
         """
         if self.activation == "swiglu" or self.kind == "int8_channel":
             raise ConfigurationError("rows() is for an embedding: bf16, int8 or int4, without SwiGLU")
-        if self.kind == "bf16_compact":
-            rows: Tensor = torch.ops.smolvlm_fms.compact_rows(
-                ids, self.packed, self.scales, self._outputs, self._inputs
-            )
-            return rows[..., : self.in_features]
-        flat = ids.reshape(-1)
-        panel, column = flat // packing.PANEL, flat % packing.PANEL
-        words = self.packed[panel, :, column].contiguous()
-        if self.kind == "bf16":
-            wide = words.view(torch.bfloat16)
-        else:
-            values = packing.unpack_words(words, 8 if self.kind == "int8" else 4)
-            assert self.scales is not None
-            scale = self.scales[panel, :, column].float()
-            wide = (values.view(len(values), -1, packing.GROUP).float() * scale[..., None]).flatten(1).bfloat16()
-        return wide[:, : self.in_features].reshape(*ids.shape, self.in_features)
+        rows: Tensor = torch.ops.smolvlm_fms.packed_rows(
+            ids, self.packed, self.scales, self._kind, self._outputs, self._inputs
+        )
+        return rows[..., : self.in_features]
 
     def extra_repr(self) -> str:
         return (

@@ -240,7 +240,7 @@ def _open() -> ctypes.CDLL | None:
     library.svk_pack_bf16.argtypes = [_ptr, _i64, _i64, _ptr, _i64]
     library.svk_pack_bf16_compact.argtypes = [_ptr, _i64, _i64, _ptr, _ptr, _i64]
     library.svk_pack_bf16_compact.restype = _i64
-    library.svk_compact_rows.argtypes = [ctypes.POINTER(Weights), _ptr, _i64, _ptr]
+    library.svk_rows.argtypes = [ctypes.POINTER(Weights), _ptr, _i64, _ptr]
     for name, structures in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = [ctypes.POINTER(structure) for structure in structures]

@@ -128,12 +128,3 @@ def _least_error(groups_NGK: Tensor, candidates: Iterable[Tensor], low: int, hig
 def _quantize(groups_NGK: Tensor, scale_NG: Tensor, low: int, high: int) -> Tensor:
     inverse = torch.where(scale_NG == 0, 0.0, 1.0 / scale_NG)
     return (groups_NGK * inverse[..., None]).round_().clamp_(low, high)
-
-
-def unpack_words(words_RW: Tensor, bits: int) -> Tensor:
-    """int32 (R, W) words of single outputs, as packed above -> int8 (R, 4 W) or (R, 8 W) values."""
-    as_bytes = words_RW.contiguous().view(torch.uint8)
-    if bits == 8:
-        return (as_bytes ^ 0x80).view(torch.int8)
-    fours = as_bytes.view(len(words_RW), -1, 1, 4)
-    return (torch.cat([fours & 15, fours >> 4], 2).flatten(1).to(torch.int8)) - 8

@@ -27,8 +27,8 @@ SVK_INLINE void unpack_row(const char* row, const CompactTable& table, u32* word
   for (int n = 0; n < 4; n++) store_i(words + n * 16, cols[n]);
 }
 
-// c[m][n] += rows [begin, end) of the panel's columns FIRST + n times row m of `a`, unpacked on the way to the products: the
-// same products in the same order as tile_bf16's. `listed` goes on to the words of the rows behind. AHEAD rows on, the
+// c[m][n] += rows [begin, end) of the panel's columns FIRST + n times row m of `a`, unpacked on the way to the products:
+// the same ones in the same order as tile_bf16's. `listed` goes on to the words of the rows behind. AHEAD rows on, the
 // panel is fetched into the second-level cache.
 template <int M, int FIRST, int COUNT, int AHEAD>
 SVK_INLINE const svk_listed_word* compact_tile(const CompactPanel& panel, const CompactTable& table, long begin, long end,
@@ -111,22 +111,16 @@ static void panel_compact(const CompactPanel& panel, long k, const u16* a, long 
 }
 #endif
 
-// Rows [begin, end) of a panel as plain bf16, [end - begin][64]. `listed` goes on to the words of the rows behind.
-static void unpack_rows(const CompactPanel& panel, long begin, long end, const svk_listed_word*& listed, u32* out) {
+// The whole panel as plain bf16, [k/2][64].
+static void unpack_panel(const CompactPanel& panel, long pairs, u32* out) {
 #ifdef SVK_COMPACT_VECTORS
   const CompactTable table = compact_table(panel.base);
-  for (long k = begin; k < end; k++) unpack_row(panel.rows + k * SVK_COMPACT_ROW, table, out + (k - begin) * PANEL);
+  for (long k = 0; k < pairs; k++) unpack_row(panel.rows + k * SVK_COMPACT_ROW, table, out + k * PANEL);
 #else
-  for (long i = 0; i < (end - begin) * 128; i++)
-    ((u16*)out)[i] =
-        svk_compact_value(panel.rows + (begin + i / 128) * SVK_COMPACT_ROW, i / 32 % 4, i % 32, panel.base);
+  for (long i = 0; i < pairs * PANEL; i++)
+    out[i] = svk_compact_word(panel.rows + i / PANEL * SVK_COMPACT_ROW, i % PANEL, panel.base);
 #endif
-  for (; listed < panel.end && listed->word < end * PANEL; listed++) out[listed->word - begin * PANEL] = listed->value;
-}
-
-SVK_INLINE void unpack_panel(const CompactPanel& panel, long pairs, u32* out) {
-  const svk_listed_word* listed = panel.listed;
-  unpack_rows(panel, 0, pairs, listed, out);
+  for (const svk_listed_word* one = panel.listed; one < panel.end; one++) out[one->word] = one->value;
 }
 
 // The exponent below the fifteen neighbours that most of some rows' weights have.
@@ -134,7 +128,7 @@ static int common_base(const u32* panel, long pairs) {
   int count[256] = {};
   const long step = pairs < 64 ? 1 : pairs / 32;
   for (long k = 0; k < pairs; k += step)
-    for (const u16 *at = (const u16*)(panel + k * PANEL), *end = at + 2 * PANEL; at < end; at++) count[*at >> 7 & 255]++;
+    for (long i = 0; i < 2 * PANEL; i++) count[((const svk_lane*)(panel + k * PANEL))[i] >> 7 & 255]++;
   int base = 0, inside = 0, most = 0;
   for (int i = 1; i < SVK_CODES; i++) inside += count[i];
   most = inside;
@@ -151,13 +145,13 @@ static long pack_compact_panel(const u32* panel, long pairs, char* out, int32_t*
   *base = common_base(panel, pairs);
   long count = 0;
   for (long k = 0; k < pairs; k++) {
-    u16* lanes = (u16*)(out + k * SVK_COMPACT_ROW);
+    svk_lane* lanes = (svk_lane*)(out + k * SVK_COMPACT_ROW);
     const u32* words = panel + k * PANEL;
 #ifdef SVK_COMPACT_VECTORS
     uint64_t outside = store_compact(words, *base, lanes);
 #else
     uint64_t outside = 0;
-    const u16* given = (const u16*)words;
+    const svk_lane* given = (const svk_lane*)words;
     memset(lanes, 0, SVK_COMPACT_ROW);
     auto code_of = [&](u16 x) { return x >> 7 & 255 ? (x >> 7 & 255) - *base : 0; };
     auto has_code = [&](u16 x) { return !(x >> 7 & 255) || (code_of(x) > 0 && code_of(x) < SVK_CODES); };
@@ -168,7 +162,7 @@ static long pack_compact_panel(const u32* panel, long pairs, char* out, int32_t*
       }
       for (int i = 2 * word; i < 2 * word + 2; i++) {
         const u16 kept = given[i] & 0x807f;
-        lanes[i / 64 * 32 + i % 32] |= i / 32 % 2 ? svk_swap_bytes(kept) : kept;
+        lanes[i / 64 * 32 + i % 32] |= (u16)(i / 32 % 2 ? svk_swap_bytes(kept) : kept);
         lanes[64 + i % 32] |= (u16)(code_of(given[i]) << (i / 32 * 4));
       }
     }

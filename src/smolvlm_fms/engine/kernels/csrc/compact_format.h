@@ -10,11 +10,16 @@
 
 enum { SVK_COMPACT_ROW = 192, SVK_CODES = 16 };  // bytes, of 256 in a plain panel
 
-static inline uint16_t svk_swap_bytes(uint16_t x) { return (uint16_t)(x << 8 | x >> 8); }
+typedef uint16_t __attribute__((may_alias)) svk_lane;  // half of a word
+typedef uint32_t __attribute__((may_alias)) svk_two_lanes;
 
-// The weight in lane `lane` of vector `vector` of a row.
-static inline uint16_t svk_compact_value(const void* row, int64_t vector, int64_t lane, int base) {
-  const uint16_t* lanes = (const uint16_t*)row;
-  const uint16_t both = lanes[vector / 2 * 32 + lane], code = lanes[64 + lane] >> (4 * vector) & 15;
-  return (uint16_t)(((vector & 1 ? svk_swap_bytes(both) : both) & 0x807f) | (code ? base + code : 0) << 7);
+static inline uint32_t svk_swap_bytes(uint32_t lanes) { return (lanes & 0x00ff00ff) << 8 | (lanes >> 8 & 0x00ff00ff); }
+
+// The word of one column of a row, or what stands for one that is listed.
+static inline uint32_t svk_compact_word(const void* row, int64_t column, int base) {
+  const svk_two_lanes* lanes = (const svk_two_lanes*)row;
+  const uint32_t both = lanes[column / 32 * 16 + column % 16], codes = lanes[32 + column % 16] >> (column / 16 * 4);
+  const uint32_t low = codes & 15, high = codes >> 16 & 15;
+  const uint32_t exponents = (low ? base + low : 0) << 7 | (high ? base + high : 0) << 23;
+  return ((column & 16 ? svk_swap_bytes(both) : both) & 0x807f807f) | exponents;
 }

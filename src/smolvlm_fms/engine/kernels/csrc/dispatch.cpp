@@ -54,6 +54,9 @@ int svk_set_isa(const char* name) {
 }
 
 int svk_linear(const svk_weights* w, const svk_linear_args* args) { return table().linear(*w, *args); }
+int svk_rows(const svk_weights* w, const int64_t* ids, int64_t count, uint16_t* out) {
+  return table().rows(*w, ids, count, out);
+}
 int svk_vision_attention(const svk_vision_attention_args* args) { return table().vision_attention(*args); }
 int svk_norm(const svk_norm_args* args) { return table().norm(*args); }
 int svk_causal_attention(const svk_cache* cache, const svk_rope* rope, const svk_causal_attention_args* args) {

@@ -13,6 +13,7 @@ struct svk_table {
   int (*decode)(const svk_text_model&, const svk_cache&, const svk_step_args&);
   int (*prefill)(const svk_text_model&, const svk_cache&, const svk_step_args&);
   int (*tower_blocks)(const svk_tower&, const svk_tower_args&);
+  int (*rows)(const svk_weights&, const int64_t*, int64_t, uint16_t*);
   long (*pack_compact_panel)(const uint32_t*, long, char*, int32_t*, svk_listed_word*, long);
 };
 
@@ -28,5 +29,5 @@ const svk_table& svk_current_table();  // the one in use
   extern const svk_table variable;           \
   const svk_table variable = {isa_name,                  SVK_ISA::linear, SVK_ISA::vision_attention, SVK_ISA::norm, \
                               SVK_ISA::causal_attention, SVK_ISA::decode, SVK_ISA::prefill, SVK_ISA::tower_blocks, \
-                              SVK_ISA::pack_compact_panel}
+                              SVK_ISA::weight_rows,      SVK_ISA::pack_compact_panel}
 #endif

@@ -425,4 +425,42 @@ SVK_INLINE void linear_part(const svk_weights& w, const Rows& a, long rows, int 
     linear_by_rows(w, a, rows, (thread + other) % threads, threads, bf16_panel, e, taken);
 }
 
+// Row `id` in bf16, [k]: a head may be the embedding, too.
+static void weight_row(const svk_weights& w, long id, u16* out) {
+  const long p = id / PANEL, column = id % PANEL, pairs = w.k / 2;
+  if (w.kind == SVK_BF16) {
+    const u32* words = (const u32*)w.packed + p * pairs * PANEL + column;
+    for (long k = 0; k < pairs; k++) ((u32_of_row*)out)[k] = words[k * PANEL];
+  } else if (w.kind == SVK_BF16_COMPACT) {
+    const CompactPanel panel = CompactPanel::of(w, p);
+    for (long k = 0; k < pairs; k++)
+      ((u32_of_row*)out)[k] = svk_compact_word(panel.rows + k * SVK_COMPACT_ROW, column, panel.base);
+    for (const svk_listed_word* one = panel.listed; one < panel.end; one++)
+      if (one->word % PANEL == column) ((u32_of_row*)out)[one->word / PANEL] = one->value;
+  } else {
+    const bool bytes = w.kind == SVK_INT8_GROUPS;
+    const u32* words = (const u32*)w.packed + p * (w.k / (bytes ? 4 : 8)) * PANEL + column;
+    const u16* scales = (const u16*)w.scales + p * (w.k / GROUP) * PANEL + column;
+    for (long i = 0; i < w.k; i += 16) {
+      const u32 bits = (u32)scales[i / GROUP * PANEL] << 16;
+      float step, values[16];
+      memcpy(&step, &bits, 4);
+      for (long j = i; j < i + 16; j++) {
+        const u32 word = words[j / (bytes ? 4 : 8) * PANEL];
+        values[j - i] = step * (bytes ? (int)(word >> j % 4 * 8 & 255) - 128 : (int)(word >> (j % 4 * 8 + (j & 4)) & 15) - 8);
+      }
+      store_bf16(out + i, load(values));
+    }
+  }
+}
+
+static int weight_rows(const svk_weights& w, const int64_t* ids, int64_t count, u16* out) {
+  if (w.kind == SVK_INT8_CHANNEL) return SVK_BAD_ARGUMENT;
+  for (long i = 0; i < count; i++) {
+    if (ids[i] < 0 || ids[i] >= w.n) return SVK_BAD_ARGUMENT;
+    weight_row(w, ids[i], out + i * w.k);
+  }
+  return SVK_OK;
+}
+
 }  // namespace SVK_ISA

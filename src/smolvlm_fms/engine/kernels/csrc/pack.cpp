@@ -87,20 +87,3 @@ extern "C" int64_t svk_pack_bf16_compact(const uint16_t* const* rows, int64_t n,
   first[panels] = (int32_t)used;
   return (int32_t*)(words + used) - listed;
 }
-
-extern "C" int svk_compact_rows(const svk_weights* w, const int64_t* ids, int64_t count, uint16_t* out) {
-  const int64_t pairs = w->k / 2, panels = (w->n + PANEL - 1) / PANEL;
-  const int32_t *bases = (const int32_t*)w->scales, *first = bases + panels;
-  const svk_listed_word* words = (const svk_listed_word*)(first + panels + 1);
-  for (int64_t i = 0; i < count; i++) {
-    if (ids[i] < 0 || ids[i] >= w->n) return SVK_BAD_ARGUMENT;
-    const int64_t p = ids[i] / PANEL, column = ids[i] % PANEL;
-    const char* panel = (const char*)w->packed + p * pairs * SVK_COMPACT_ROW;
-    uint16_t* row = out + i * w->k;
-    for (int64_t j = 0; j < w->k; j++)
-      row[j] = svk_compact_value(panel + j / 2 * SVK_COMPACT_ROW, column / 16, column % 16 * 2 + j % 2, bases[p]);
-    for (const svk_listed_word *one = words + first[p], *end = words + first[p + 1]; one < end; one++)
-      if (one->word % PANEL == (uint32_t)column) memcpy(row + one->word / PANEL * 2, &one->value, 4);
-  }
-  return SVK_OK;
-}

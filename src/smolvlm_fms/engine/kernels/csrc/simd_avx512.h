@@ -131,7 +131,7 @@ SVK_INLINE void load_compact(const char* row, const CompactTable& table, PairCol
   }
 }
 // 64 words into a compact row. Words with an exponent outside the codes become zeros: their bits are set in the answer.
-SVK_INLINE uint64_t store_compact(const uint32_t* words, int base, uint16_t* lanes) {
+SVK_INLINE uint64_t store_compact(const uint32_t* words, int base, void* row) {
   const __m512i kept = _mm512_set1_epi16((short)0x807f), exponent_bits = _mm512_set1_epi16(0xff);
   __m512i codes = _mm512_setzero_si512(), pair = codes;
   uint64_t outside = 0;
@@ -150,9 +150,9 @@ SVK_INLINE uint64_t store_compact(const uint32_t* words, int base, uint16_t* lan
     outside |= (uint64_t)out_words << (16 * v);
     codes = _mm512_or_si512(codes, _mm512_sll_epi16(_mm512_and_si512(code, good), _mm_cvtsi32_si128(4 * v)));
     pair = v & 1 ? _mm512_or_si512(pair, swapped_bytes(bits)) : bits;
-    if (v & 1) _mm512_storeu_si512(lanes + v / 2 * 32, pair);
+    if (v & 1) _mm512_storeu_si512((char*)row + v / 2 * 64, pair);
   }
-  _mm512_storeu_si512(lanes + 64, codes);
+  _mm512_storeu_si512((char*)row + 128, codes);
   return outside;
 }
 

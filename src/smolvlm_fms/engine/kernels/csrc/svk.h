@@ -147,8 +147,8 @@ SVK_EXPORT int svk_pack_bf16(const uint16_t* const* rows, int64_t n, int64_t k, 
 // room for 2 panels + 1 + 2 * panels * (k/2/2 + 1) int32.
 SVK_EXPORT int64_t svk_pack_bf16_compact(const uint16_t* const* rows, int64_t n, int64_t k, char* packed,
                                          int32_t* listed, int64_t threads);
-// Rows `ids` of compact weights as bf16, [count][k].
-SVK_EXPORT int svk_compact_rows(const svk_weights*, const int64_t* ids, int64_t count, uint16_t* out);
+// Rows `ids` of weights as bf16, [count][k]: an embedding that is tied to them. Not of SVK_INT8_CHANNEL.
+SVK_EXPORT int svk_rows(const svk_weights*, const int64_t* ids, int64_t count, uint16_t* out);
 SVK_EXPORT int svk_linear(const svk_weights*, const svk_linear_args*);
 SVK_EXPORT int svk_vision_attention(const svk_vision_attention_args*);
 SVK_EXPORT int svk_norm(const svk_norm_args*);

@@ -4,9 +4,11 @@
 
 namespace SVK_ISA {
 
-// c[m][n] += sum over pairs of row m of `a` with 16 columns of a bf16 panel. `b` is the panel at the first column.
+// c[m][n] = sum over pairs of row m of `a` with 16 columns of a bf16 panel. `b` is the panel at the first column.
 template <int M, int N>
-SVK_INLINE void tile_bf16_more(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
+SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
+  for (int m = 0; m < M; m++)
+    for (int n = 0; n < N; n++) c[m][n] = zero();
   for (long k = 0; k < pairs; k++) {
     PairCols cols[N];
 #pragma GCC unroll 8
@@ -18,13 +20,6 @@ SVK_INLINE void tile_bf16_more(const u16* a, long a_stride, const u32* b, long b
       for (int n = 0; n < N; n++) c[m][n] = dot_pairs(c[m][n], cols[n], row);
     }
   }
-}
-
-template <int M, int N>
-SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) c[m][n] = zero();
-  tile_bf16_more<M, N>(a, a_stride, b, b_stride, pairs, c);
 }
 
 // The same in integers, added to what is in c: signed 8-bit rows with a panel of unsigned 8-bit columns (q + 128: the
