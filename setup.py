@@ -21,23 +21,29 @@ PIXEL_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wextr
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
 # GCC's own AVX-512 headers trip this one.
 COMMON_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+# What the others are compared with answers alike on every architecture, also where products and sums could be fused.
+PORTABLE_FLAGS = ["-ffp-contract=off"]
 AVX2_FLAGS = ["-mavx2", "-mfma"]
+# GCC's scheduler moves all rows of a tile to its front, and then accumulators no longer fit the registers.
+NEON_FLAGS = ["-march=armv8.2-a+bf16+i8mm", "-fno-schedule-insns"]
 AVX512_FLAGS = [*AVX2_FLAGS, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "bf16", "vnni"))]
 
 
-def instruction_sets() -> dict[str, list[str]]:
-    """Source file to the compiler flags of the instruction set it is written for, on this machine's architecture."""
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        x86 = {"isa_avx512.cpp": AVX512_FLAGS, "isa_avx2.cpp": AVX2_FLAGS}
-        return {"dispatch.cpp": ["-DSVK_X86"], "pack.cpp": [], "isa_portable.cpp": [], **x86}
-    return {"dispatch.cpp": [], "pack.cpp": [], "isa_portable.cpp": []}
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """Source file to the compiler flags of the instruction set it is written for, on an architecture."""
+    every = {"dispatch.cpp": [], "pack.cpp": [], "isa_portable.cpp": PORTABLE_FLAGS}
+    if machine.lower() in ("x86_64", "amd64"):
+        return every | {"dispatch.cpp": ["-DSVK_X86"], "isa_avx512.cpp": AVX512_FLAGS, "isa_avx2.cpp": AVX2_FLAGS}
+    if machine.lower() in ("aarch64", "arm64"):
+        return every | {"dispatch.cpp": ["-DSVK_ARM"], "isa_neon.cpp": NEON_FLAGS}
+    return every
 
 
 def pieces(ext: Extension) -> dict[Path, list[str]]:
     """Source file to all its compiler flags. Resizing picks its instruction set by itself (``target_clones``)."""
     if Path(ext.sources[0]) == PIXELS:
         return {PIXELS: PIXEL_FLAGS}
-    return {SOURCES / name: [*COMMON_FLAGS, *flags] for name, flags in instruction_sets().items()}
+    return {SOURCES / name: [*COMMON_FLAGS, *flags] for name, flags in instruction_sets(platform.machine()).items()}
 
 
 class BuildKernels(build_ext):
@@ -82,16 +88,17 @@ class BuildKernels(build_ext):
         return {built: place for built, place in super().get_output_mapping().items() if Path(built).exists()}
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "smolvlm_fms.engine.kernels.libsvk",
-            sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))],
-            depends=[str(header) for header in sorted(SOURCES.glob("*.h"))],  # so that an sdist has them
-            language="c++",
-            optional=True,
-        ),
-        Extension("smolvlm_fms.processing.libresample", sources=[str(PIXELS)], optional=True),
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":  # scripts/neon-kernels asks for the flags alone
+    setup(
+        ext_modules=[
+            Extension(
+                "smolvlm_fms.engine.kernels.libsvk",
+                sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))],
+                depends=[str(header) for header in sorted(SOURCES.glob("*.h"))],  # so that an sdist has them
+                language="c++",
+                optional=True,
+            ),
+            Extension("smolvlm_fms.processing.libresample", sources=[str(PIXELS)], optional=True),
+        ],
+        cmdclass={"build_ext": BuildKernels},
+    )

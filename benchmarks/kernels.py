@@ -203,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--isa", default=kernels.isa(), help="avx512, avx2 or portable")
+    parser.add_argument("--isa", default=kernels.isa(), help="avx512, avx2, neon or portable")
     parser.add_argument("--shape", default="256m", choices=[*SHAPES])
     parser.add_argument("--quick", action="store_true", help="tower and bf16 at batch 1, few repeats")
     options = parser.parse_args()

@@ -8,16 +8,9 @@ from torch import Tensor
 
 from smolvlm_fms.engine import kernels
 from smolvlm_fms.errors import InputError
+from tests.unit.test_kernels_linear import runnable_isas
 
 pytestmark = pytest.mark.skipif(not kernels.built(), reason="the CPU kernels were not built here")
-
-
-def runnable_isas() -> list[str]:
-    """The instruction sets that this machine can run, best first."""
-    if not kernels.built():
-        return []
-    names = ["avx512", "avx2", "portable"]
-    return names[names.index(kernels.isa()) :]
 
 
 def softmax_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -15,10 +15,15 @@ pytestmark = pytest.mark.skipif(not kernels.built(), reason="the CPU kernels wer
 
 def runnable_isas() -> list[str]:
     """The instruction sets that this machine can run, best first."""
-    if not kernels.built():
-        return []
-    names = ["avx512", "avx2", "portable"]
-    return names[names.index(kernels.isa()) :]
+    return [name for name in ("avx512", "avx2", "neon", "portable") if kernels.built() and runs(name)]
+
+
+def runs(isa: str) -> bool:
+    try:
+        with kernels.use_isa(isa):
+            return True
+    except ConfigurationError:
+        return False
 
 
 def reference(weight: Tensor, bias: Tensor | None, x: Tensor, activation: str) -> Tensor:

@@ -276,7 +276,8 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: ``"avx512"`` (with BF16 and VNNI), ``"avx2"``, ``"portable"``, or ``"none"``."""
+    """The instruction set in use: ``"avx512"`` (with BF16 and VNNI), ``"avx2"``, ``"neon"`` (with BF16 and I8MM),
+    ``"portable"``, or ``"none"``."""
     found = _open()
     return "none" if found is None else str(found.svk_isa().decode())
 

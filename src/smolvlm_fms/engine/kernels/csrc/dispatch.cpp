@@ -3,11 +3,20 @@
 
 #include <atomic>
 
+#if defined(SVK_ARM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(SVK_ARM)
+#include <sys/auxv.h>
+#endif
+
 #include "isa_table.h"
 
 extern const svk_table svk_table_portable;
 #ifdef SVK_X86
 extern const svk_table svk_table_avx2, svk_table_avx512;
+#endif
+#ifdef SVK_ARM
+extern const svk_table svk_table_neon;
 #endif
 
 namespace {
@@ -21,11 +30,28 @@ bool has_avx512() {
 }
 #endif
 
+#if defined(SVK_ARM) && defined(__APPLE__)
+bool has(const char* feature) {
+  int value = 0;
+  size_t size = sizeof value;
+  return !sysctlbyname(feature, &value, &size, nullptr, 0) && value;
+}
+bool has_neon() { return has("hw.optional.arm.FEAT_BF16") && has("hw.optional.arm.FEAT_I8MM"); }
+#elif defined(SVK_ARM)
+bool has_neon() {
+  constexpr unsigned long i8mm = 1 << 13, bf16 = 1 << 14;  // older headers do not name them
+  return (getauxval(AT_HWCAP2) & (i8mm | bf16)) == (i8mm | bf16);
+}
+#endif
+
 // The named table, or the best one for null; null where this machine cannot run it.
 const svk_table* find_table(const char* name) {
 #ifdef SVK_X86
   if ((!name || !strcmp(name, "avx512")) && has_avx512()) return &svk_table_avx512;
   if ((!name || !strcmp(name, "avx2")) && has_avx2()) return &svk_table_avx2;
+#endif
+#ifdef SVK_ARM
+  if ((!name || !strcmp(name, "neon")) && has_neon()) return &svk_table_neon;
 #endif
   return !name || !strcmp(name, "portable") ? &svk_table_portable : nullptr;
 }

@@ -138,7 +138,7 @@ typedef struct {
   int64_t tokens, first, last, threads;
 } svk_tower_args;
 
-SVK_EXPORT const char* svk_isa(void);                // the instruction set in use: "avx512", "avx2" or "portable"
+SVK_EXPORT const char* svk_isa(void);                // the instruction set in use: "avx512", "avx2", "neon" or "portable"
 SVK_EXPORT int svk_set_isa(const char* name);        // for tests; SVK_BAD_ARGUMENT where this machine cannot run it
 // Packs n rows of k bf16 values, row i at rows[i] (null: zeros), into SVK_BF16 panels at `packed`. n is a multiple of 64.
 SVK_EXPORT int svk_pack_bf16(const uint16_t* const* rows, int64_t n, int64_t k, uint32_t* packed, int64_t threads);
