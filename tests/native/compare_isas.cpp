@@ -303,7 +303,7 @@ void check_packing() {  // not a bit may differ
       vector<u16> rows((size_t)(3 * k));
       const int64_t ids[] = {0, 77, 129};
       const svk_weights view = w.view();
-      require(svk_compact_rows(&view, ids, 3, rows.data()) == SVK_OK, "svk_compact_rows");
+      require(svk_rows(&view, ids, 3, rows.data()) == SVK_OK, "svk_rows");
       for (u16 value : rows) answer.fp32.push_back(value);
       return answer;
     });
