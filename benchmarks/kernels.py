@@ -199,6 +199,26 @@ def text(shape: Shape, clock: Clock, kind: str, batches: list[int]) -> dict[str,
     return rows
 
 
+def compact(shape: Shape, clock: Clock, batches: list[int]) -> dict[str, Any]:
+    """bf16 weights in 12 bits beside plain ones, of the same size."""
+    ours, plain = (text_model(shape, kind)[0] for kind in ("bf16_compact", "bf16"))
+    cache = ours.new_cache(RUN * max(batches))
+    hidden = torch.randn(1128, shape.width).bfloat16()
+
+    def beside(run: Callable[[kernels.PackedText], Any]) -> dict[str, Any]:
+        times = clock.turns(ours=lambda: run(ours), plain=lambda: run(plain))
+        return {**times, "plain_over_ours": times["plain"]["median"] / times["ours"]["median"]}
+
+    def step(batch: int, position: int) -> dict[str, Any]:
+        places = torch.full((batch,), position), RUN * torch.arange(batch)
+        return beside(lambda model: model.decode(hidden[:batch], *places, cache))
+
+    rows = {"compact_prefill_1128": beside(lambda model: model.prefill(hidden, 0, 0, cache))}
+    for sequence in range(1, max(batches)):
+        cache.copy(0, RUN * sequence, 1128)
+    return rows | {f"compact_batch{batch}_at{at}": step(batch, at) for at in (32, 1127) for batch in batches}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
@@ -214,10 +234,14 @@ def main() -> None:
         rows = {**attention(shape, clock), **linears(shape, clock)}
         for kind in kinds:
             rows |= text(shape, clock, kind, batches)
+        if options.isa == "avx512":
+            rows |= compact(shape, clock, batches)
     for name, row in rows.items():
         figures = [f"{row['ours']['min']:9.2f} ms"]
         figures += [
-            f"{key} {row[key]:.2f}" for key in ("torch_over_ours", "share_of_gemm", "share_of_read") if key in row
+            f"{key} {row[key]:.2f}"
+            for key in ("torch_over_ours", "share_of_gemm", "share_of_read", "plain_over_ours")
+            if key in row
         ]
         figures += [f"{row['tokens_per_second']:.0f} tok/s"] if "tokens_per_second" in row else []
         print(f"{name:28s}", *figures, sep="  ")
