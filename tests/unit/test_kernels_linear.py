@@ -105,9 +105,8 @@ def test_fp32_answers_are_exact_where_the_sums_are(isa: str, kind: str) -> None:
         with kernels.use_isa(isa):
             got = kernels.PackedLinear(weight, kind=kind)(x, fp32_out=True)
         want = x.double() @ weight.double().T
-        bound = (
-            0.0 if kind.startswith("bf16") else 2e-5 * 127 * inputs * 3
-        )  # 16-bit activations: x / scale is not whole
+        # 16-bit activations: x / scale is not whole
+        bound = 0.0 if kind.startswith("bf16") else 2e-5 * 127 * inputs * 3
         assert (got.double() - want).abs().max() <= bound
 
 

@@ -31,8 +31,8 @@ SVK_INLINE void unpack_row(const char* row, const CompactTable& table, u32* word
 // the same ones in the same order as tile_bf16's. `listed` goes on to the words of the rows behind. AHEAD rows on, the
 // panel is fetched into the second-level cache.
 template <int M, int FIRST, int COUNT, int AHEAD>
-SVK_INLINE const svk_listed_word* compact_tile(const CompactPanel& panel, const CompactTable& table, long begin, long end,
-                                               const svk_listed_word* listed, const u16* a, long a_stride,
+SVK_INLINE const svk_listed_word* compact_tile(const CompactPanel& panel, const CompactTable& table, long begin,
+                                               long end, const svk_listed_word* listed, const u16* a, long a_stride,
                                                vf (&c)[M][COUNT]) {
   auto multiply = [&](long k, const PairCols(&cols)[COUNT]) {
 #pragma GCC unroll 8
@@ -88,7 +88,8 @@ static void compact_halves(const CompactPanel& panel, long pairs, const u16* a, 
       vf c[M][2];
       for (int m = 0; m < M; m++)
         for (int n = 0; n < 2; n++) c[m][n] = load(sums + m * PANEL + (FIRST + n) * 16);
-      behind = compact_tile<M, FIRST, 2, FIRST ? 0 : PIECE>(panel, table, k, lmin(k + PIECE, pairs), listed, a, a_stride, c);
+      const long end = lmin(k + PIECE, pairs);
+      behind = compact_tile<M, FIRST, 2, FIRST ? 0 : PIECE>(panel, table, k, end, listed, a, a_stride, c);
       for (int m = 0; m < M; m++)
         for (int n = 0; n < 2; n++) store(sums + m * PANEL + (FIRST + n) * 16, c[m][n]);
     };

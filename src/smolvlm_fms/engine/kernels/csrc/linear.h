@@ -447,7 +447,8 @@ static void weight_row(const svk_weights& w, long id, u16* out) {
       memcpy(&step, &bits, 4);
       for (long j = i; j < i + 16; j++) {
         const u32 word = words[j / (bytes ? 4 : 8) * PANEL];
-        values[j - i] = step * (bytes ? (int)(word >> j % 4 * 8 & 255) - 128 : (int)(word >> (j % 4 * 8 + (j & 4)) & 15) - 8);
+        const long shift = j % 4 * 8;
+        values[j - i] = step * (bytes ? (int)(word >> shift & 255) - 128 : (int)(word >> (shift + (j & 4)) & 15) - 8);
       }
       store_bf16(out + i, load(values));
     }
