@@ -61,7 +61,7 @@ static void store_rows(const svk_cache& cache, const svk_rope& rope, const svk_c
 
 // Rows [first, first + count) of query head h.
 SVK_INLINE void attend_tile(const svk_cache& cache, const svk_rope& rope, const svk_causal_attention_args& a, long h,
-                            long first, int count, const AttentionScratch& scratch) {
+                            long first, int count, Attention& attention) {
   const long row = (a.heads + 2 * a.kv_heads) * a.d;
   Store s = store_of(cache, a.layer, h / (a.heads / a.kv_heads), a.start, a.d);
   u16 queries[TILE_ROWS * 256];
@@ -72,17 +72,19 @@ SVK_INLINE void attend_tile(const svk_cache& cache, const svk_rope& rope, const 
   }
   Head head = {queries, 256, s.keys, s.values, a.d, a.scale};
   u16* out = a.out + first * a.out_stride + h * a.d;
-  attend_to_bf16(head, count, visible[count - 1], visible, scratch, out, a.out_stride);
+  attention.tile(head, count, visible[count - 1], visible, out, a.out_stride);
 }
 
 // All rows and heads, a tile at a time from a common counter; the longest first, so that threads end together.
 static void attend_rows(const svk_cache& cache, const svk_rope& rope, const svk_causal_attention_args& a, long* counter,
                         const AttentionScratch& scratch) {
   const long tiles = ceil_div(a.rows, TILE_ROWS);
+  Attention attention(scratch);
   for (long i; (i = next_item(counter)) < tiles * a.heads;) {
     const long h = i % a.heads, first = (tiles - 1 - i / a.heads) * TILE_ROWS;
-    attend_tile(cache, rope, a, h, first, (int)lmin(TILE_ROWS, a.rows - first), scratch);
+    attend_tile(cache, rope, a, h, first, (int)lmin(TILE_ROWS, a.rows - first), attention);
   }
+  attention.finish();
 }
 
 static int causal_attention(const svk_cache& cache, const svk_rope& rope, const svk_causal_attention_args& a) {

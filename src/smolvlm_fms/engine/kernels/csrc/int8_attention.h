@@ -14,7 +14,7 @@ namespace SVK_ISA {
 constexpr long KEY_BLOCK = 256;  // keys whose scores are in the first-level cache together
 
 // One head's keys and values. Positions go in panels of 64 as in svk.h, but four channels of a key to a word (q + 128),
-// and four positions of a value, in the order of `quad_slot`.
+// and four positions of a value.
 struct QuantizedHead {
   u32 *keys, *values;
   float *key_scale, *value_scale, *value_mean;  // [tokens], [blocks][d16], [d16]
@@ -39,9 +39,6 @@ struct QuantizedHead {
     return h;
   }
 };
-
-// Where the four keys 4 q ... 4 q + 3 of a panel are in a row of weights: as pack_bytes leaves them.
-SVK_INLINE long quad_slot(long q) { return 4 * (q % 4) + q / 4; }
 
 SVK_INLINE void mean_of_rows(const u16* const* rows, long count, long offset, long d, float* mean) {
   memset((void*)mean, 0, (size_t)padded_d(d) * 4);
@@ -88,7 +85,7 @@ static void quantize_values(const QuantizedHead& h, long begin, long end, long o
       auto byte = [&](long i) { return and_i(to_int(mul(value(lmin(t + i, end - 1)), inverse)), splat_i(0xff)); };
       add_byte(byte(0), 0), add_byte(shift_left<8>(byte(1)), 1);
       add_byte(shift_left<16>(byte(2)), 2), add_byte(shift_left<24>(byte(3)), 3);
-      store_i(h.value_panel(t) + quad_slot(t % PANEL / 4) * h.d16() + c, word);
+      store_i(h.value_panel(t) + t % PANEL / 4 * h.d16() + c, word);
     }
   }
 }
@@ -106,128 +103,204 @@ SVK_INLINE void quantize_head(const svk_vision_attention_args& a, long b, long h
 }
 
 // What a tile of query rows keeps while it passes over the keys.
-struct Int8Rows {
+struct Int8Tile {
   alignas(64) int8_t q[TILE_ROWS][256];
   alignas(64) float scores[TILE_ROWS][KEY_BLOCK];  // without the row's factor
   alignas(64) uint8_t weights[TILE_ROWS][KEY_BLOCK];
   alignas(64) float sums[TILE_ROWS][256];          // of weights times values
-  // A lane a row: 2^(factor * score) is the weight; the largest exponent and the sum of the weights so far, those of the
-  // block at hand; and what the block's and all earlier weights are multiplied by to be on a common scale.
+  alignas(64) float weight_sums[TILE_ROWS][16];    // of the block at hand, before they are rounded
+  // A lane a row: the block's weights are 2^(factor * score + shift); the largest exponent and the sum of the weights
+  // so far, those of the block at hand; and what its and all earlier weights are multiplied by to be on a common scale.
   alignas(64) float factor[16], largest[16], total[16], block_largest[16], block_total[16], keep[16], join[16];
-  int32_t start[TILE_ROWS];                        // -128 times the sum of a row's q, for the keys' + 128
-};
+  float shift[TILE_ROWS];
+  int32_t start[TILE_ROWS];  // -128 times the sum of a row's q, for the keys' + 128
+  int rows;
+  long begin, end;  // the block at hand
+  u16* out;
 
-template <int M> SVK_INLINE void quantize_queries(const u16* first, long stride, long d, float scale, Int8Rows& r) {
-  alignas(64) float x[256];
-  for (int m = 0; m < 16; m++) r.factor[m] = 0.0f, r.largest[m] = -1e30f, r.total[m] = 0.0f;
-  memcpy(r.block_largest, r.largest, sizeof r.largest), memcpy(r.block_total, r.total, sizeof r.total);
-  for (int m = 0; m < M; m++) {
-    for (long c = 0; c < d; c += 16) store(x + c, load_bf16_n(first + m * stride + c, d - c));
-    int32_t sum;
-    quantize_row8(x, d, r.q[m], r.factor + m, &sum);
-    r.factor[m] *= scale * LOG2_E, r.start[m] = -128 * sum;
+  template <int M> void start_rows(const u16* first, long stride, long d, float scale, u16* to) {
+    alignas(64) float x[256];
+    store(factor, zero()), store(total, zero()), store(block_total, zero());
+    store(largest, splat(-1e30f)), store(block_largest, splat(-1e30f));
+    for (int m = 0; m < M; m++) {
+      for (long c = 0; c < d; c += 16) store(x + c, load_bf16_n(first + m * stride + c, d - c));
+      int32_t sum;
+      quantize_row8(x, d, q[m], factor + m, &sum);
+      factor[m] *= scale * LOG2_E, start[m] = -128 * sum;
+    }
+    rows = M, out = to;
   }
-}
 
-template <int M> SVK_INLINE void int8_scores(const QuantizedHead& h, long begin, long end, Int8Rows& r) {
-  vf top[M];
-  for (int m = 0; m < M; m++) top[m] = splat(-1e30f);
-  for (long t = begin; t < end; t += PANEL) {
-    vi c[M][4];
-    for (int m = 0; m < M; m++)
-      for (int n = 0; n < 4; n++) c[m][n] = splat_i(r.start[m]);
-    tile_int8<M, 4>(r.q[0], 256, h.key_panel(t), h.quads(), c);
-    for (int n = 0; n < 4; n++) {
-      const long key = t + n * 16;
-      const vf scale = load(h.key_scale + key);
-      for (int m = 0; m < M; m++) {
-        const vf x = mul(to_float(c[m][n]), scale);
-        store(r.scores[m] + key - begin, x);
-        top[m] = vmax(top[m], end - key < 16 ? keep_first(x, end - key, splat(-1e30f)) : x);
-      }
+  // The block's scores are known; weights are to be 255 * 2^(factor * score - largest).
+  void start_block(long first, long last, const float* top) {
+    constexpr float log2_255 = 7.99435344f;
+    begin = first, end = last;
+    for (int m = 0; m < rows; m++) {
+      block_largest[m] = top[m] * factor[m], shift[m] = log2_255 - block_largest[m];
+      store(weight_sums[m], zero());
     }
   }
-  for (int m = 0; m < M; m++) r.block_largest[m] = max_lanes(top[m]) * r.factor[m];
-}
 
-// Weights 255 * 2^(factor * score - largest) of row m, and their sum before they are rounded.
-SVK_INLINE void int8_softmax(long count, int m, Int8Rows& r) {
-  constexpr float log2_255 = 7.99435344f;
-  const vf factor = splat(r.factor[m]), shift = splat(log2_255 - r.block_largest[m]);
-  vf sum[2] = {zero(), zero()};
-  for (long t = 0; t < count; t += PANEL) {
-    vf p[4];
-#pragma GCC unroll 4
-    for (int n = 0; n < 4; n++) p[n] = exp2_of_weight(fmadd(load(r.scores[m] + t + n * 16), factor, shift));
-    if (t + PANEL > count)
-      for (int n = 0; n < 4; n++) p[n] = keep_first(p[n], count - t - n * 16, zero());
-    sum[0] = add(sum[0], add(p[0], p[1])), sum[1] = add(sum[1], add(p[2], p[3]));
-    store_i(r.weights[m] + t, pack_bytes(to_int(p[0]), to_int(p[1]), to_int(p[2]), to_int(p[3])));
+  long whole() const { return (end - begin) / PANEL * PANEL; }
+
+  // Key t of the block and the 15 after it, of which `seen` exist.
+  void weigh(int m, long t, long seen) {
+    vf p = exp2_of_weight(fmadd(load(scores[m] + t), splat(factor[m]), splat(shift[m])));
+    if (seen < 16) p = keep_first(p, seen, zero());
+    store(weight_sums[m], add(load(weight_sums[m]), p));
+    store_unsigned_bytes(weights[m] + t, to_int(p));
   }
-  r.block_total[m] = sum_lanes(add(sum[0], sum[1]));
+
+  void weigh_rest(long t) {
+    for (int m = 0; m < rows; m++)
+      for (long i = t; i < round_up(end - begin, PANEL); i += 16) weigh(m, i, end - begin - i);
+  }
+
+  // The common scale of the weights so far and of the block: that of the larger of their largest.
+  void join_block() {
+    for (int m = 0; m < rows; m++) block_total[m] = sum_lanes(load(weight_sums[m]));
+    const vf before = load(largest), block = load(block_largest), now = vmax(before, block);
+    const vf kept = exp2_of(sub(before, now)), joined = exp2_of(sub(block, now));
+    store(largest, now), store(keep, kept), store(join, joined);
+    store(total, fmadd(load(total), kept, mul(load(block_total), joined)));
+  }
+};
+
+// Products of M rows with 64 keys, and beside them the weights of `before` for 64 keys of its block, as tile_beside.
+template <int M>
+SVK_INLINE void int8_tile_beside(const int8_t* a, const u32* b, long quads, vi (&c)[M][4], Int8Tile& before, long t) {
+  const int pieces = 4 * before.rows;
+  int piece = 0;
+  long k = 0;
+  auto weigh = [&] { before.weigh(piece / 4, t + piece % 4 * 16, 16), piece++; };
+  for (; piece + 3 <= pieces && k + 2 <= quads; k += 2) {
+    weigh();
+    step_int8<M, 4>(a, 256, b, k, c);
+    weigh(), weigh();
+    step_int8<M, 4>(a, 256, b, k + 1, c);
+  }
+  for (; k < quads; k++) step_int8<M, 4>(a, 256, b, k, c);
+  while (piece < pieces) weigh();
 }
 
-// The common scale of the weights so far and of a new block: that of the larger of their largest.
-SVK_INLINE void join_block(Int8Rows& r) {
-  const vf before = load(r.largest), block = load(r.block_largest), now = vmax(before, block);
-  const vf keep = exp2_of(sub(before, now)), join = exp2_of(sub(block, now));
-  store(r.largest, now), store(r.keep, keep), store(r.join, join);
-  store(r.total, fmadd(load(r.total), keep, mul(load(r.block_total), join)));
-}
-
-template <int M> SVK_INLINE void int8_values(const QuantizedHead& h, long begin, long end, Int8Rows& r) {
+template <int M> SVK_INLINE void int8_values(const QuantizedHead& h, Int8Tile& r) {
   const long d16 = h.d16();
-  const float* scale = h.value_scale + begin / KEY_BLOCK * d16;
+  const float* scale = h.value_scale + r.begin / KEY_BLOCK * d16;
   for (long column = 0; column < d16; column += 64) {
     for_columns((int)lmin(4, (d16 - column) / 16), [&](auto n_const, int at) {
       constexpr int N = decltype(n_const)::value;
       vi c[M][N];
-      tile_weights<M, N>(r.weights[0], KEY_BLOCK, h.value_panel(begin) + column + at * 16, d16,
-                         round_up(end - begin, PANEL) / 4, c);
+      tile_weights<M, N>(r.weights[0], KEY_BLOCK, h.value_panel(r.begin) + column + at * 16, d16,
+                         round_up(r.end - r.begin, PANEL) / 4, c);
+#pragma GCC unroll 4
       for (int n = 0; n < N; n++) {
         const long i = column + (at + n) * 16;
         const vf scales = load(scale + i);
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
           const vf part = mul(to_float(c[m][n]), mul(scales, splat(r.join[m])));
-          store(r.sums[m] + i, begin ? fmadd(load(r.sums[m] + i), splat(r.keep[m]), part) : part);
+          store(r.sums[m] + i, r.begin ? fmadd(load(r.sums[m] + i), splat(r.keep[m]), part) : part);
         }
       }
     });
   }
 }
 
-template <int M> static void int8_tile(const QuantizedHead& h, const u16* queries, long stride, float scale, u16* out,
-                                       long out_stride) {
-  Int8Rows r;
-  quantize_queries<M>(queries, stride, h.d, scale, r);
-  for (long begin = 0; begin < h.count; begin += KEY_BLOCK) {
-    const long end = lmin(begin + KEY_BLOCK, h.count);
-    int8_scores<M>(h, begin, end, r);
-    for (int m = 0; m < M; m++) int8_softmax(end - begin, m, r);
-    join_block(r);
-    int8_values<M>(h, begin, end, r);
-  }
-  for (int m = 0; m < M; m++) {
-    const vf inverse = splat(1.0f / r.total[m]);
-    for (long c = 0; c < h.d; c += 16) {
-      const vf x = h.count ? fmadd(load(r.sums[m] + c), inverse, load(h.value_mean + c)) : zero();
-      store_bf16_n(out + m * out_stride + c, x, h.d - c);
+// Tiles of query rows one after another, each a block of keys at a time: a block's softmax is computed beside the next
+// block's scores, be it of the same tile or of the next.
+struct Int8Attention {
+  const QuantizedHead& h;
+  float scale;
+  long out_stride;
+  Int8Tile tiles[2];
+  Int8Tile* before = nullptr;  // its scores are known
+
+  Int8Attention(const QuantizedHead& head, float factor, long stride) : h(head), scale(factor), out_stride(stride) {}
+
+  template <int M> void tile(const u16* queries, long stride, u16* out) {
+    if (!h.count) {
+      for (int m = 0; m < M; m++) memset((void*)(out + m * out_stride), 0, (size_t)h.d * 2);
+      return;
+    }
+    Int8Tile& r = tiles[before == tiles];
+    r.start_rows<M>(queries, stride, h.d, scale, out);
+    for (long begin = 0; begin < h.count; begin += KEY_BLOCK) {
+      const long end = lmin(begin + KEY_BLOCK, h.count);
+      float top[TILE_ROWS];
+      scores<M>(r, begin, end, top);
+      settle();
+      r.start_block(begin, end, top);
+      before = &r;
     }
   }
-}
+
+  void finish() {
+    if (before) before->weigh_rest(0);
+    settle();
+  }
+
+ private:
+  template <int M> void scores(Int8Tile& r, long begin, long end, float* largest) {
+    alignas(64) float top[M][16];
+    for (int m = 0; m < M; m++) store(top[m], splat(-1e30f));
+    const long beside = before ? before->whole() : 0;
+    for (long t = begin; t < end; t += PANEL) {
+      vi c[M][4];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) c[m][n] = splat_i(r.start[m]);
+      if (t - begin < beside) int8_tile_beside<M>(r.q[0], h.key_panel(t), h.quads(), c, *before, t - begin);
+      else tile_int8<M, 4>(r.q[0], 256, h.key_panel(t), h.quads(), c);
+      const bool whole = end - t >= PANEL;
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        vf most = load(top[m]);
+#pragma GCC unroll 4
+        for (int n = 0; n < 4; n++) {
+          const vf x = mul(to_float(c[m][n]), load(h.key_scale + t + n * 16));
+          store(r.scores[m] + t - begin + n * 16, x);
+          most = vmax(most, whole ? x : keep_first(x, end - t - n * 16, splat(-1e30f)));
+        }
+        store(top[m], most);
+      }
+    }
+    if (before) before->weigh_rest(lmin(beside, round_up(end - begin, PANEL)));
+    for (int m = 0; m < M; m++) largest[m] = max_lanes(load(top[m]));
+  }
+
+  // The weights of `before` are known: adds their values, and writes the rows when that was their last block.
+  void settle() {
+    if (!before) return;
+    Int8Tile& r = *before;
+    before = nullptr;
+    r.join_block();
+    with_rows<TILE_ROWS>(r.rows, [&](auto m_const) { int8_values<decltype(m_const)::value>(h, r); });
+    if (r.end < h.count) return;
+    for (int m = 0; m < r.rows; m++) {
+      const vf inverse = splat(1.0f / r.total[m]);
+      for (long c = 0; c < h.d; c += 16) {
+        const vf x = fmadd(load(r.sums[m] + c), inverse, load(h.value_mean + c));
+        store_bf16_n(r.out + m * out_stride + c, x, h.d - c);
+      }
+    }
+  }
+};
 
 // As vision_rows, on the quantised head.
 SVK_INLINE void int8_vision_rows(const svk_vision_attention_args& a, long b, long head, Range rows,
                                  const QuantizedHead& h, long out_row) {
   const long row = 3 * a.heads * a.d;
+  Int8Attention attention(h, a.scale, out_row);
   for (long t = rows.begin; t < rows.end; t += TILE_ROWS) {
     const u16* queries = a.qkv + (b * a.tokens + t) * row + head * a.d;
     u16* out = a.out + (b * a.tokens + t) * out_row + head * a.d;
     expect_tile(queries, row, out, out_row, t, rows.end, a.d);
     with_rows<TILE_ROWS>((int)lmin(TILE_ROWS, rows.end - t), [&](auto m_const) {
-      int8_tile<decltype(m_const)::value>(h, queries, row, a.scale, out, out_row);
+      attention.tile<decltype(m_const)::value>(queries, row, out);
     });
   }
+  attention.finish();
 }
 
 }  // namespace SVK_ISA

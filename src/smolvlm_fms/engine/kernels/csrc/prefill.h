@@ -97,8 +97,10 @@ struct Prefill {
     store_rows(cache, m.rope, args, team.thread, team.threads);
     team.wait();
     if (!a.logits) return;
+    Attention attention(scratch);
     for (long head; (head = next_item(counters + index)) < m.heads;)
-      attend_tile(cache, m.rope, args, head, last_row, 1, scratch);
+      attend_tile(cache, m.rope, args, head, last_row, 1, attention);
+    attention.finish();
     team.wait();
     float* stream = x + last_row * x_stride();
     u16* features = h + last_row * h_stride();

@@ -164,11 +164,8 @@ SVK_INLINE vi dot_quads(vi acc, QuadCols b, QuadRow a) {
   return acc;
 }
 
-#define SVK_INT8_ATTENTION  // the columns of dot_quads may be rows, and bytes are packed in one go
-// Sixty-four unsigned bytes, saturated: four lanes of a, four of b, of c, of d, the next four of a ...
-SVK_INLINE vi pack_bytes(vi a, vi b, vi c, vi d) {
-  return _mm512_packus_epi16(_mm512_packus_epi32(a, b), _mm512_packus_epi32(c, d));
-}
+#define SVK_INT8_ATTENTION  // the columns of dot_quads may be rows
+SVK_INLINE void store_unsigned_bytes(uint8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(a)); }
 
 SVK_INLINE void prefetch_far(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
 SVK_INLINE void prefetch_near(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

@@ -6,37 +6,43 @@ namespace SVK_ISA {
 
 // c[m][n] = sum over pairs of row m of `a` with 16 columns of a bf16 panel. `b` is the panel at the first column.
 template <int M, int N>
+SVK_INLINE void step_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long k, vf (&c)[M][N]) {
+  PairCols cols[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; n++) cols[n] = load_pairs(b + k * b_stride + n * 16);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++) {
+    PairRow row = splat_pair(((const u32_of_row*)(a + m * a_stride))[k]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) c[m][n] = dot_pairs(c[m][n], cols[n], row);
+  }
+}
+
+template <int M, int N>
 SVK_INLINE void tile_bf16(const u16* a, long a_stride, const u32* b, long b_stride, long pairs, vf (&c)[M][N]) {
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) c[m][n] = zero();
-  for (long k = 0; k < pairs; k++) {
-    PairCols cols[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; n++) cols[n] = load_pairs(b + k * b_stride + n * 16);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      PairRow row = splat_pair(((const u32_of_row*)(a + m * a_stride))[k]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; n++) c[m][n] = dot_pairs(c[m][n], cols[n], row);
-    }
-  }
+  for (long k = 0; k < pairs; k++) step_bf16<M, N>(a, a_stride, b, b_stride, k, c);
 }
 
 // The same in integers, added to what is in c: signed 8-bit rows with a panel of unsigned 8-bit columns (q + 128: the
 // caller starts with -128 times the sum of a row).
 template <int M, int N>
-SVK_INLINE void tile_int8(const int8_t* a, long a_stride, const u32* b, long quads, vi (&c)[M][N]) {
-  for (long k = 0; k < quads; k++) {
-    QuadCols cols[N];
+SVK_INLINE void step_int8(const int8_t* a, long a_stride, const u32* b, long k, vi (&c)[M][N]) {
+  QuadCols cols[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) cols[n] = as_quads(load_i(b + k * PANEL + n * 16));
+  for (int n = 0; n < N; n++) cols[n] = as_quads(load_i(b + k * PANEL + n * 16));
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) {
-      QuadRow row = splat_quad(((const u32_of_bytes*)(a + m * a_stride))[k]);
+  for (int m = 0; m < M; m++) {
+    QuadRow row = splat_quad(((const u32_of_bytes*)(a + m * a_stride))[k]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) c[m][n] = dot_quads(c[m][n], cols[n], row);
-    }
+    for (int n = 0; n < N; n++) c[m][n] = dot_quads(c[m][n], cols[n], row);
   }
+}
+
+template <int M, int N>
+SVK_INLINE void tile_int8(const int8_t* a, long a_stride, const u32* b, long quads, vi (&c)[M][N]) {
+  for (long k = 0; k < quads; k++) step_int8<M, N>(a, a_stride, b, k, c);
 }
 
 #ifdef SVK_INT8_ATTENTION

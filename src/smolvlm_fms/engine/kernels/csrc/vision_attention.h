@@ -33,12 +33,14 @@ SVK_INLINE void vision_rows(const svk_vision_attention_args& a, long b, long h, 
   const long row = 3 * a.heads * a.d;
   long visible[TILE_ROWS];
   for (int m = 0; m < TILE_ROWS; m++) visible[m] = keys_packed;
+  Attention attention(s);
   for (long t = rows.begin; t < rows.end; t += TILE_ROWS) {
     Head head = {a.qkv + (b * a.tokens + t) * row + h * a.d, row, keys, values, a.d, a.scale};
     u16* out = a.out + (b * a.tokens + t) * out_row + h * a.d;
     expect_tile(head.q, row, out, out_row, t, rows.end, a.d);
-    attend_to_bf16(head, (int)lmin(TILE_ROWS, rows.end - t), keys_packed, visible, s, out, out_row);
+    attention.tile(head, (int)lmin(TILE_ROWS, rows.end - t), keys_packed, visible, out, out_row);
   }
+  attention.finish();
 }
 
 static int vision_attention(const svk_vision_attention_args& a) {
