@@ -74,8 +74,10 @@ def _leave_the_file(model: Any) -> None:
     lasts as long as any tensor in it, and all pages that packing reads would stay resident with it: the weights a
     second time. Linears behind the deepest tap are never read and stay; so does a table that the head will hold."""
     table = None if model.text_model.tied else getattr(model.text_model.base_model.embedding, "weight", None)
+    to_pack = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     for parameter in model.parameters():
-        if parameter.dim() < 2 or parameter is table or parameter.numel() <= SMALL:
+        small = parameter.dim() < 2 or (parameter.numel() <= SMALL and id(parameter) not in to_pack)
+        if small or parameter is table:
             parameter.data = parameter.data.clone()
 
 
