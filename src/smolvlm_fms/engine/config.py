@@ -35,7 +35,7 @@ class EngineConfig:
     prefix_bytes: int | None = None
     image_cache_bytes: int = 256 * 2**20
     prefill_chunk: int = 256
-    prefill_chunk_alone: int = 1024
+    prefill_chunk_alone: int = 1280
     tiles_per_step: int = 1
     context_length: int | None = None
     compile_decode: bool = False
