@@ -95,6 +95,15 @@ struct Carver {
   }
 };
 
+// f(j, i) for i = 0, 16, ... below k, with j = 0, 1, 2, 3 in turns: sums of one row in four accumulators, so that an
+// addition does not wait for the one before.
+template <class F> SVK_INLINE void in_turns(long k, F&& f) {
+  long i = 0;
+  for (; i + 64 <= k; i += 64) f(0, i), f(1, i + 16), f(2, i + 32), f(3, i + 48);
+  for (; i < k; i += 16) f(0, i);
+}
+SVK_INLINE float sum_of_four(const vf (&x)[4]) { return sum_lanes(add(add(x[0], x[1]), add(x[2], x[3]))); }
+
 // 2^x to 3e-6; infinity from 128 on, and zero or 2^-126 below -126; NaN stays NaN.
 SVK_INLINE vf exp2_of(vf x) {
   vf f = fraction(x);  // minimax polynomial on [0, 1]

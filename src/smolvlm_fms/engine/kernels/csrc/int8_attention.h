@@ -11,7 +11,7 @@
 #ifdef SVK_INT8_ATTENTION
 namespace SVK_ISA {
 
-constexpr long KEY_BLOCK = 256;  // keys whose scores are in the first-level cache together
+constexpr long KEY_BLOCK = 512;  // keys whose scores are in the first-level cache together
 
 // One head's keys and values. Positions go in panels of 64 as in svk.h, but four channels of a key to a word (q + 128),
 // and four positions of a value.
@@ -50,12 +50,13 @@ SVK_INLINE void mean_of_rows(const u16* const* rows, long count, long offset, lo
 }
 
 static void quantize_keys(const QuantizedHead& h) {
-  alignas(64) float mean[256], centred[256];
+  alignas(64) float mean[256];
   alignas(64) int8_t q[256];
   int32_t sum;
   mean_of_rows(h.rows, h.count, 0, h.d, mean);
   for (long t = 0; t < h.count; t++) {
-    for (long c = 0; c < h.d; c += 16) store(centred + c, sub(load_bf16_n(h.rows[t] + c, h.d - c), load(mean + c)));
+    const u16* key = h.rows[t];
+    auto centred = [&](long c) { return sub(load_bf16_n(key + c, h.d - c), load(mean + c)); };
     quantize_row8(centred, h.d, q, h.key_scale + t, &sum);
     u32* to = h.key_panel(t) + t % PANEL;
     for (long i = 0; i < h.quads(); i++) to[i * PANEL] = ((const u32_of_bytes*)q)[i] ^ 0x80808080u;
@@ -119,13 +120,12 @@ struct Int8Tile {
   u16* out;
 
   template <int M> void start_rows(const u16* first, long stride, long d, float scale, u16* to) {
-    alignas(64) float x[256];
     store(factor, zero()), store(total, zero()), store(block_total, zero());
     store(largest, splat(-1e30f)), store(block_largest, splat(-1e30f));
     for (int m = 0; m < M; m++) {
-      for (long c = 0; c < d; c += 16) store(x + c, load_bf16_n(first + m * stride + c, d - c));
+      const u16* row = first + m * stride;
       int32_t sum;
-      quantize_row8(x, d, q[m], factor + m, &sum);
+      quantize_row8([&](long c) { return load_bf16_n(row + c, d - c); }, d, q[m], factor + m, &sum);
       factor[m] *= scale * LOG2_E, start[m] = -128 * sum;
     }
     rows = M, out = to;

@@ -200,6 +200,14 @@ struct Epilogue {
     store(out_f32 + at, x), store(out_f32 + at + 16, y);
   }
 
+  // 16 columns that all exist.
+  void put_one(vf x, long at) const {
+    if (scale != 1.0f) x = mul(x, splat(scale));
+    if (residual) x = add(x, load_bf16(residual + at));
+    if (!out_f32) return store_bf16(out + at, x);
+    store(out_f32 + at, accumulate ? add(x, load(out_f32 + at)) : x);
+  }
+
   // `finish` for a whole panel without padding.
   template <class Activation>
   void finish_whole(const float* sums, long m0, int rows, long p, Activation&& activate) const {
@@ -290,10 +298,86 @@ struct Upcoming {
   }
 };
 
+#ifdef SVK_WIDE_TILES
+// Full tiles of 8-bit rows times a whole panel, one after the other: the sums of each go to memory beside the products
+// of the next one, as all of that but multiplications is done by other units of the core. (With bf16 rows, whose
+// products take twice as long, there is next to nothing to gain, and GELU's values do not fit in the registers.)
+template <class Activation> struct Int8Tiles {
+  const svk_weights& w;
+  const Rows& a;
+  const Epilogue& e;
+  long p;
+  Activation activate;
+  long before = -1;  // first row of the tile whose sums wait in sums[1 - now], if any
+  int now = 0;
+  alignas(64) float sums[2][TILE_ROWS * PANEL] = {};
+
+  // 16 columns of a row of the tile before.
+  void put(int piece) {
+    const long column = p * PANEL + piece % 4 * 16;
+    vf x = load(sums[1 - now] + piece * 16);
+    if (e.bias) x = add(x, load(e.bias + column));
+    e.put_one(activate(x), (before + piece / 4) * e.stride + column);
+  }
+
+  void tile(long m) {
+    const u32* panel = (const u32*)w.packed + p * PANEL * (w.k / 4);
+    const float* scales = (const float*)w.scales + p * PANEL;
+    const int8_t* row = a.q + m * a.stride;
+    const int pieces = before < 0 ? 0 : 4 * TILE_ROWS;
+    int piece = 0;
+    long k = 0;
+    vi c[TILE_ROWS][4];
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; n++) c[r][n] = splat_i(-128 * a.sum[m + r]);
+    for (; piece < pieces && k < w.k / 4; piece++, k++) {
+      step_int8<TILE_ROWS, 4>(row, a.stride, panel, k, c);
+      put(piece);
+    }
+    for (; k < w.k / 4; k++) step_int8<TILE_ROWS, 4>(row, a.stride, panel, k, c);
+    for (; piece < pieces; piece++) put(piece);
+#pragma GCC unroll 8
+    for (int r = 0; r < TILE_ROWS; r++)
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; n++) {
+        const vf scale = mul(splat(a.scale[m + r]), load(scales + n * 16));
+        store(sums[now] + r * PANEL + n * 16, mul(to_float(c[r][n]), scale));
+      }
+    before = m, now = 1 - now;
+  }
+
+  void run(Range rows, Upcoming upcoming) {
+    for (long m = rows.begin; m < rows.end; m += TILE_ROWS) {
+      e.expect(m, TILE_ROWS, p);
+      upcoming.fetch();
+      tile(m);
+    }
+    for (int piece = 0; piece < 4 * TILE_ROWS; piece++) put(piece);
+  }
+};
+
+static void int8_tiles(const svk_weights& w, const Rows& a, Range rows, long p, const Epilogue& e, Upcoming upcoming) {
+  auto run = [&](auto activate) { Int8Tiles<decltype(activate)>{w, a, e, p, activate}.run(rows, upcoming); };
+  if (e.activation == SVK_GELU_TANH) return run([](vf x) { return gelu_tanh(x); });
+  if (e.activation == SVK_QUICK_GELU) return run([](vf x) { return quick_gelu(x); });
+  run([](vf x) { return x; });
+}
+#endif
+
 // Rows [begin, end) times 16-wide columns [first, first + count) of panel p.
 static void panel_rows(const svk_weights& w, const Rows& a, Range rows, long p, int first, int count,
                        const Epilogue& e, Upcoming upcoming = {}) {
   const int step = rows_per_tile(w.kind);
+#ifdef SVK_WIDE_TILES
+  const bool whole = count == 4 && (p + 1) * PANEL <= e.outputs && e.activation != SVK_SWIGLU;
+  if (const long full = (rows.end - rows.begin) / TILE_ROWS; w.kind == SVK_INT8_CHANNEL && whole && full > 1) {
+    const Range tiles = {rows.begin, rows.begin + full * TILE_ROWS};
+    int8_tiles(w, a, tiles, p, e, upcoming);
+    rows.begin = tiles.end;
+  }
+#endif
   for (long m = rows.begin; m < rows.end; m += step) {
     int live = (int)lmin(step, rows.end - m);
     alignas(64) float sums[MOST_ROWS * PANEL];

@@ -10,16 +10,21 @@ SVK_INLINE void norm_row(const float* x, long k, const float* weight, const floa
                          float* out) {
   float mean = 0.0f;
   if (subtract_mean) {
-    vf total = zero();
-    for (long i = 0; i < k; i += 16) total = add(total, load(x + i));
-    mean = sum_lanes(total) / (float)k;
+    vf total[4] = {zero(), zero(), zero(), zero()};
+    in_turns(k, [&](int j, long i) { total[j] = add(total[j], load(x + i)); });
+    mean = sum_of_four(total) / (float)k;
   }
-  vf squares = zero(), shift = splat(-mean);
-  for (long i = 0; i < k; i += 16) {
-    vf centred = keep_first(add(load(x + i), shift), k - i, zero());
-    squares = fmadd(centred, centred, squares);
+  vf squares[4] = {zero(), zero(), zero(), zero()}, shift = splat(-mean);
+  const long whole = k / 16 * 16;
+  in_turns(whole, [&](int j, long i) {
+    const vf centred = add(load(x + i), shift);
+    squares[j] = fmadd(centred, centred, squares[j]);
+  });
+  if (whole < k) {
+    const vf centred = keep_first(add(load(x + whole), shift), k - whole, zero());
+    squares[0] = fmadd(centred, centred, squares[0]);
   }
-  vf inverse = splat(1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)k + eps));
+  vf inverse = splat(1.0f / __builtin_sqrtf(sum_of_four(squares) / (float)k + eps));
   for (long i = 0; i < round_up(k, 32); i += 16) {
     vf y = mul(mul(add(load(x + i), shift), inverse), load_n(weight + i, k - i));
     if (bias) y = add(y, load_n(bias + i, k - i));

@@ -38,22 +38,22 @@ struct Rows {
 
 // Below, maxima lose a NaN that comes before a number; a sum of x * 0 finds NaN and infinity and spoils the scale.
 
-// One row to signed 8 bits with one scale. x holds k floats and zeros up to a multiple of 16.
-SVK_INLINE void quantize_row8(const float* x, long k, int8_t* q, float* scale, int32_t* sum) {
-  vf top = zero(), poison = zero();
-  for (long i = 0; i < k; i += 16) {
-    vf v = load(x + i);
-    top = vmax(top, vabs(v)), poison = fmadd(v, zero(), poison);
-  }
-  float largest = max_lanes(top), step = largest / 127.0f + sum_lanes(poison);
-  vf inverse = splat(largest > 1e-30f ? 127.0f / largest : 0.0f);
+// One row of k values to signed 8 bits with one scale. at(i) are sixteen of them, zeros beyond k.
+template <class At> SVK_INLINE void quantize_row8(At&& at, long k, int8_t* q, float* scale, int32_t* sum) {
+  vf top[4] = {zero(), zero(), zero(), zero()}, poison[4] = {zero(), zero(), zero(), zero()};
+  in_turns(k, [&](int j, long i) {
+    const vf v = at(i);
+    top[j] = vmax(top[j], vabs(v)), poison[j] = fmadd(v, zero(), poison[j]);
+  });
+  const float largest = max_lanes(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+  const vf inverse = splat(largest > 1e-30f ? 127.0f / largest : 0.0f);
   vi total = zero_i();
   for (long i = 0; i < k; i += 16) {
-    vi v = to_int(mul(load(x + i), inverse));
+    vi v = to_int(mul(at(i), inverse));
     total = add_i(total, v);
     store_low_bytes(q + i, v);
   }
-  *scale = step, *sum = sum_lanes_i(total);
+  *scale = largest / 127.0f + sum_of_four(poison), *sum = sum_lanes_i(total);
 }
 
 // One row to 16 bits with a scale for every 32 inputs, kept as two planes of bytes: v = 256 q + q_low. Twice the
@@ -83,7 +83,7 @@ SVK_INLINE void prepare_row(const float* x, long k, int64_t kind, const Rows& ro
   if (kind == SVK_BF16 || kind == SVK_BF16_COMPACT) {
     for (long i = 0; i < k; i += 16) store_bf16((u16*)rows.bf16 + m * rows.stride + i, load(x + i));
   } else if (kind == SVK_INT8_CHANNEL) {
-    quantize_row8(x, k, rows.q + m * rows.stride, rows.scale + m, rows.sum + m);
+    quantize_row8([=](long i) { return load(x + i); }, k, rows.q + m * rows.stride, rows.scale + m, rows.sum + m);
   } else {
     long at = m * rows.scales;
     quantize_row16(x, k, rows.q + m * rows.stride, rows.q_low + m * rows.stride, rows.scale + at, rows.sum + at);

@@ -18,6 +18,7 @@ using QuadRow = __m512i;   // one row's 4 consecutive k, signed 8-bit, in every 
 
 constexpr int TILE_ROWS = 6;  // 6 x 4 accumulators + 4 columns + 1 row: 29 of 32 registers
 constexpr int TILE_VECS = 4;
+#define SVK_WIDE_TILES  // a tile is as wide as a panel: see linear.h
 
 SVK_INLINE __mmask16 first_lanes(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1u << n) - 1); }
 
@@ -35,6 +36,7 @@ SVK_INLINE vf splat(float x) { return _mm512_set1_ps(x); }
 SVK_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 SVK_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
 SVK_INLINE vf load_n(const float* p, long n) {
+  if (n >= 16) return load(p);
   touch(p, 4 * (n < 16 ? n : 16));
   return _mm512_maskz_loadu_ps(first_lanes(n), p);
 }
@@ -83,6 +85,7 @@ SVK_INLINE vf quotient(vf a, vf d) {
 SVK_INLINE vf widen_bf16(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
 SVK_INLINE vf load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256((const __m256i*)p)); }
 SVK_INLINE vf load_bf16_n(const uint16_t* p, long n) {
+  if (n >= 16) return load_bf16(p);
   touch(p, 2 * (n < 16 ? n : 16));
   return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
@@ -91,6 +94,7 @@ SVK_INLINE void store_bf16_two(uint16_t* p, vf first, vf second) {
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second, first));
 }
 SVK_INLINE void store_bf16_n(uint16_t* p, vf x, long n) {
+  if (n >= 16) return store_bf16(p, x);
   touch(p, 2 * (n < 16 ? n : 16));
   _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)_mm512_cvtneps_pbh(x));
 }

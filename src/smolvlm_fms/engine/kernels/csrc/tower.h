@@ -52,11 +52,17 @@ struct TowerRun {
 #endif
   }
 
-  // Activations for linear w. fill(r, y) writes row r as floats, zeros up to a multiple of 32.
-  template <class Fill> Rows prepare(const svk_weights& w, Fill&& fill) {
+  static Rows of_bf16(const u16* in, long stride) {
+    Rows r;
+    r.bf16 = in, r.stride = stride;
+    return r;
+  }
+
+  // Activations for linear w: the normed residual stream.
+  Rows prepare_normed(const svk_weights& w, const float* weight, const float* bias) {
     Range mine = team.of(a.tokens);
     for (long r = mine.begin; r < mine.end; r++) {
-      fill(r, y);
+      norm_row(x + r * x_stride(), m.width, weight, bias, m.eps, true, y);
       if (quantized) prepare_row(y, w.k, w.kind, rows, r);
       else for (long i = 0; i < round_up(m.width, 32); i += 16) store_bf16(normed + r * x_stride() + i, load(y + i));
     }
@@ -64,22 +70,17 @@ struct TowerRun {
     return quantized ? rows : of_bf16(normed, x_stride());
   }
 
-  static Rows of_bf16(const u16* in, long stride) {
-    Rows r;
-    r.bf16 = in, r.stride = stride;
-    return r;
-  }
-
-  Rows prepare_normed(const svk_weights& w, const float* weight, const float* bias) {
-    return prepare(w, [&](long r, float* to) {
-      norm_row(x + r * x_stride(), m.width, weight, bias, m.eps, true, to);
-    });
-  }
-
   // What an earlier linear or the attention wrote as bf16, `width` values a row.
   Rows prepare_bf16(const svk_weights& w, const u16* in, long width, long stride) {
     if (!quantized) return of_bf16(in, stride);
-    return prepare(w, [&](long r, float* to) { widen_row(in + r * stride, width, to); });
+    Range mine = team.of(a.tokens);
+    for (long r = mine.begin; r < mine.end; r++) {
+      const u16* row = in + r * stride;
+      quantize_row8([=](long i) { return load_bf16_n(row + i, width - i); }, w.k, rows.q + r * rows.stride,
+                    rows.scale + r, rows.sum + r);
+    }
+    team.wait();
+    return rows;
   }
 
   // Linear `index` of a layer's four.
