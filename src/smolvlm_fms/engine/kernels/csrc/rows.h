@@ -36,16 +36,13 @@ struct Rows {
   }
 };
 
-// Below, maxima lose a NaN that comes before a number; a sum of x * 0 finds NaN and infinity and spoils the scale.
+// A NaN or an infinity becomes the scale, and with it spoils what the values are multiplied by.
 
 // One row of k values to signed 8 bits with one scale. at(i) are sixteen of them, zeros beyond k.
 template <class At> SVK_INLINE void quantize_row8(At&& at, long k, int8_t* q, float* scale, int32_t* sum) {
-  vf top[4] = {zero(), zero(), zero(), zero()}, poison[4] = {zero(), zero(), zero(), zero()};
-  in_turns(k, [&](int j, long i) {
-    const vf v = at(i);
-    top[j] = vmax(top[j], vabs(v)), poison[j] = fmadd(v, zero(), poison[j]);
-  });
-  const float largest = max_lanes(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
+  vf top[4] = {zero(), zero(), zero(), zero()};
+  in_turns(k, [&](int j, long i) { top[j] = max_size(top[j], vabs(at(i))); });
+  const float largest = max_size_of_lanes(max_size(max_size(top[0], top[1]), max_size(top[2], top[3])));
   const vf inverse = splat(largest > 1e-30f ? 127.0f / largest : 0.0f);
   vi total = zero_i();
   for (long i = 0; i < k; i += 16) {
@@ -53,7 +50,7 @@ template <class At> SVK_INLINE void quantize_row8(At&& at, long k, int8_t* q, fl
     total = add_i(total, v);
     store_low_bytes(q + i, v);
   }
-  *scale = largest / 127.0f + sum_of_four(poison), *sum = sum_lanes_i(total);
+  *scale = largest / 127.0f, *sum = sum_lanes_i(total);
 }
 
 // One row to 16 bits with a scale for every 32 inputs, kept as two planes of bytes: v = 256 q + q_low. Twice the
@@ -61,11 +58,9 @@ template <class At> SVK_INLINE void quantize_row8(At&& at, long k, int8_t* q, fl
 // group's largest) below that of bf16. x holds zeros up to a multiple of 32.
 SVK_INLINE void quantize_row16(const float* x, long k, int8_t* q, int8_t* q_low, float* scale, int32_t* sum) {
   constexpr float top_value = 32512.0f;  // 127 * 256: the upper byte stays within its range after rounding
-  vf poison = zero();
   for (long g = 0; g * GROUP < k; g++) {
     vf a = load(x + g * GROUP), b = load(x + g * GROUP + 16);
-    poison = fmadd(b, zero(), fmadd(a, zero(), poison));
-    float largest = max_lanes(vmax(vabs(a), vabs(b)));
+    float largest = max_size_of_lanes(max_size(vabs(a), vabs(b)));
     vf inverse = splat(largest > 1e-30f ? top_value / largest : 0.0f);
     vi ia = to_int(mul(a, inverse)), ib = to_int(mul(b, inverse));
     vi half = splat_i(128);
@@ -75,7 +70,6 @@ SVK_INLINE void quantize_row16(const float* x, long k, int8_t* q, int8_t* q_low,
     store_low_bytes(q_low + g * GROUP + 16, sub_i(ib, shift_left<8>(high_b)));
     scale[g] = largest / top_value, sum[g] = sum_lanes_i(add_i(ia, ib));
   }
-  scale[0] += sum_lanes(poison);
 }
 
 // One row of floats (zeros up to a multiple of 32) into row m of `rows`.

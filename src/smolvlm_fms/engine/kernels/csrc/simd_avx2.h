@@ -43,6 +43,17 @@ SVK_INLINE vf vabs(vf x) {
   __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+// The larger of two sizes (no signs), by their bits: a NaN is the largest, where vmax forgets it.
+SVK_INLINE __m256 max_size(__m256 x, __m256 y) {
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(x), _mm256_castps_si256(y)));
+}
+SVK_INLINE vf max_size(vf x, vf y) { return {max_size(x.a, y.a), max_size(x.b, y.b)}; }
+SVK_INLINE float max_size_of_lanes(vf x) {
+  __m256i s = _mm256_castps_si256(max_size(x.a, x.b));
+  __m128i h = _mm_max_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1))));
+}
 SVK_INLINE float sum_lanes(vf x) {
   __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 h = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));

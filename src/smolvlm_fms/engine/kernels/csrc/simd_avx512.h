@@ -52,6 +52,13 @@ SVK_INLINE vf fmadd(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 SVK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
 SVK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 SVK_INLINE vf vabs(vf a) { return _mm512_abs_ps(a); }
+// The larger of two sizes (no signs), by their bits: a NaN is the largest, where vmax forgets it.
+SVK_INLINE vf max_size(vf a, vf b) {
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+}
+SVK_INLINE float max_size_of_lanes(vf a) {
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
+}
 SVK_INLINE float sum_lanes(vf a) { return _mm512_reduce_add_ps(a); }
 SVK_INLINE float max_lanes(vf a) { return _mm512_reduce_max_ps(a); }
 SVK_INLINE vf keep_first(vf a, long n, vf other) { return _mm512_mask_mov_ps(other, first_lanes(n), a); }

@@ -52,6 +52,11 @@ SVK_INLINE vf fmadd(vf x, vf y, vf z) {
 SVK_INLINE vf vmax(vf x, vf y) { return SVK_FOUR_OF_TWO(larger, x, y); }
 SVK_INLINE vf vmin(vf x, vf y) { return SVK_FOUR_OF_TWO(smaller, x, y); }
 SVK_INLINE vf vabs(vf x) { return SVK_FOUR(vabsq_f32, x); }
+// The larger of two sizes (no signs); a NaN is the largest, where vmax forgets it.
+SVK_INLINE vf max_size(vf x, vf y) { return SVK_FOUR_OF_TWO(vmaxq_f32, x, y); }
+SVK_INLINE float max_size_of_lanes(vf x) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d)));
+}
 SVK_INLINE float sum_lanes(vf x) { return vaddvq_f32(vaddq_f32(vaddq_f32(x.a, x.b), vaddq_f32(x.c, x.d))); }
 SVK_INLINE float max_lanes(vf x) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.a, x.b), vmaxq_f32(x.c, x.d))); }
 SVK_INLINE vf keep_first(vf x, long n, vf other) {

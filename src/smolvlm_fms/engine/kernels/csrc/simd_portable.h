@@ -35,6 +35,10 @@ SVK_INLINE vf vmax(vf a, vf b) { SVK_LANES a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b
 SVK_INLINE vf vmin(vf a, vf b) { SVK_LANES a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
 SVK_INLINE vf vabs(vf a) { SVK_LANES a.v[i] = fabsf(a.v[i]); return a; }
 SVK_INLINE vf quotient(vf a, vf d) { return div(a, d); }
+// The larger of two sizes (no signs); a NaN is the largest, where vmax forgets it.
+SVK_INLINE float max_size(float a, float b) { return a > b || a != a ? a : b; }
+SVK_INLINE vf max_size(vf a, vf b) { SVK_LANES a.v[i] = max_size(a.v[i], b.v[i]); return a; }
+SVK_INLINE float max_size_of_lanes(vf a) { float m = a.v[0]; SVK_LANES m = max_size(m, a.v[i]); return m; }
 SVK_INLINE float sum_lanes(vf a) { float s = 0; SVK_LANES s += a.v[i]; return s; }
 SVK_INLINE float max_lanes(vf a) { float m = a.v[0]; SVK_LANES m = a.v[i] > m ? a.v[i] : m; return m; }
 SVK_INLINE vf keep_first(vf a, long n, vf other) { SVK_LANES a.v[i] = i < n ? a.v[i] : other.v[i]; return a; }
