@@ -140,8 +140,8 @@ struct Int8Tile {
 
   long whole() const { return (end - begin) / PANEL * PANEL; }
 
-  // Key t of the block and the 15 after it, of which `seen` exist. 2^x to 1.7e-3 will do: rounding the largest weight to
-  // eight bits leaves 2e-3.
+  // Key t of the block and the 15 after it, of which `seen` exist. 2^x to 1.7e-3 will do: rounding the largest weight
+  // to eight bits leaves 2e-3.
   void weigh(int m, long t, long seen) {
     const vf x = fmadd(load(scores[m] + t), splat(factor[m]), splat(shift[m])), f = fraction(x);
     const vf power = fmadd(fmadd(splat(0.33718945f), f, splat(0.65763628f)), f, splat(1.0017247f));
