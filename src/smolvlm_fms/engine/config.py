@@ -23,7 +23,7 @@ class EngineConfig:
         None: all that running sequences leave.
     image_cache_bytes: memory for the features of pictures seen before.
     prefill_chunk: prompt tokens computed in one step while other sequences are generating.
-    prefill_chunk_alone: the same while nobody is kept waiting.
+    prefill_chunk_alone: the same while nobody is kept waiting. By default a picture of 17 tiles and its question fit.
     tiles_per_step: tiles that go through the tower in one step.
     context_length: at most so many tokens a sequence (None: what the checkpoint allows).
     compile_decode: compile the decode step with torch's compiler before it becomes a CUDA graph (GPUs only): some ten
