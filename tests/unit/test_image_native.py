@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smolvlm_fms.processing import native
+from smolvlm_fms.processing.resample import _splits, resize
 from smolvlm_fms.processing.tiling import PixelMap
 
 FILTERS = [each for each in Image.Resampling if native.can_resize(3, each)]
@@ -48,6 +49,30 @@ def test_at_the_sizes_of_photographs(resample):
     pixels = np.random.default_rng(1).integers(0, 256, (601, 1203, 3), dtype=np.uint8)
     for size in ((768, 1536), (512, 512), (601, 400), (37, 1203)):
         assert np.array_equal(native.resize(pixels, size, resample, 2), pillow(pixels, size, resample))
+
+
+@built
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(150, 200), (301, 90), (40, 402), (301, 402)])
+def test_a_pillow_image_is_read_in_bands(mode, size):
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (301, 402, 3), dtype=np.uint8)).convert(mode)
+    resized = native.resize(image, size, Image.Resampling.LANCZOS, 2)
+    expected = np.asarray(image.resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    assert np.array_equal(resized, expected.reshape(resized.shape))
+
+
+@pytest.mark.parametrize("name", ["BILINEAR", "BICUBIC", "LANCZOS"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_torch_gives_the_same_on_several_threads(name, channels):
+    """Rows in bands, from arrays and Pillow images; as the tensor back end of transformers, which takes them whole."""
+    assert _splits(name.lower()), "this torch has another arithmetic, or another order of its passes"
+    pixels = np.random.default_rng(4).integers(0, 256, (1301, 402, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    for size in ((650, 201), (1400, 300), (1301, 500), (700, 402)):
+        whole = resize(pixels, size, Image.Resampling[name], "torch")
+        for source in (pixels, image, pixels[:, ::-1][:, ::-1]):
+            split = resize(source, size, Image.Resampling[name], "torch", 3)
+            assert split.dtype == np.uint8 and np.array_equal(split, whole)
 
 
 @built

@@ -140,6 +140,11 @@ class SmolVLMImageProcessor:
         grid = self.plan(height, width, **known)
         return grid.count, grid.rows, grid.cols
 
+    @property
+    def pixel_map(self) -> PixelMap:
+        """What rescaling and normalising make of bytes."""
+        return _pixel_map(self._resolve({}))
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SmolVLMImageProcessor:
         """From a checkpoint's folder (or the file itself): ``preprocessor_config.json``, or the ``image_processor`` in
@@ -223,16 +228,7 @@ def _fill(samples: list[list[Picture]], grids: list[list[TileGrid]], chosen: Ima
         raise ImageError(f"Pictures of {sorted(channels)} channels in one batch; leave do_convert_rgb on.")
     check_channels(min(channels), chosen.mean, chosen.std)
     counts = [sum(grid.count for grid in sample) for sample in grids]
-    maps = {
-        unit: PixelMap.build(
-            chosen.backend,
-            rescale_factor=chosen.rescale_factor,
-            mean=chosen.mean,
-            std=chosen.std,
-            floats_to_one=unit,
-        )
-        for unit in {picture.unit for sample in samples for picture in sample}
-    }
+    maps = {unit: _pixel_map(chosen, unit) for unit in {picture.unit for sample in samples for picture in sample}}
     padded = chosen.do_pad and len(set(counts)) > 1
     # Bytes that nothing is done to stay bytes, as in transformers' Pillow processor.
     plain = chosen.backend == "pil" and not padded and all(each.is_identity for each in maps.values())
@@ -260,6 +256,16 @@ def _fill(samples: list[list[Picture]], grids: list[list[TileGrid]], chosen: Ima
         rows[start:] = 0
     in_threads(work, jobs, outer)
     return tiles
+
+
+def _pixel_map(chosen: ImageOptions, unit: bool = False) -> PixelMap:
+    return PixelMap.build(
+        chosen.backend,
+        rescale_factor=chosen.rescale_factor,
+        mean=chosen.mean,
+        std=chosen.std,
+        floats_to_one=unit,
+    )
 
 
 def _allocate(counts: list[int], tile: tuple[int, int, int], dtype: type, pad: bool) -> list[Array]:

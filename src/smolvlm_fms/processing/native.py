@@ -19,7 +19,8 @@ import numpy.typing as npt
 import PIL
 from PIL import Image
 
-from smolvlm_fms.processing.threads import in_threads
+from smolvlm_fms.processing.pixels import rows_of, shape_of
+from smolvlm_fms.processing.threads import bands, in_threads
 
 __all__ = ["can_resize", "can_write", "resize", "write"]
 
@@ -28,7 +29,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 _LIBRARY = Path(__file__).with_name("libresample.so")
 _BITS = 22  # Pillow's weights: 32 bits less 8 of a pixel and 2 of room for overshoot
-_LANES = 16
+_LANES = 32  # rows at a time
 # From 13 on, Pillow takes the height first where it loses more than twice as many pixels as the width.
 _PILLOW_TURNS = int(PIL.__version__.split(".")[0]) >= 13
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
@@ -51,39 +52,39 @@ def can_write(tile: npt.NDArray[Any]) -> bool:
     return tile.dtype == np.uint8 and near and tile.strides[0] > 0 and _library() is not None
 
 
-def resize(pixels_HWC: Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int = 1) -> Bytes:
-    """``Image.fromarray(pixels).resize(size)`` with ``size`` as (height, width)."""
+def resize(pixels: Image.Image | Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int = 1) -> Bytes:
+    """A picture, or height × width × channels, by Pillow's ``resize`` to ``size``, which is (height, width)."""
     library = _library()
     assert library is not None
-    return _resize(library, pixels_HWC, size, resample, threads)
+    return _resize(library, pixels, size, resample, threads)
 
 
 def _resize(
-    library: ctypes.CDLL, pixels_HWC: Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int
+    library: ctypes.CDLL, pixels: Image.Image | Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int
 ) -> Bytes:
-    pixels = np.ascontiguousarray(pixels_HWC)
-    passes = [_across, _down]
-    if _PILLOW_TURNS and pixels.shape[0] - size[0] > max(0, 2 * (pixels.shape[1] - size[1])):
-        passes.reverse()
-    for each in passes:
-        pixels = each(library, pixels, size, resample, threads)
-    return pixels
+    height, width, _ = shape_of(pixels)
+    if _PILLOW_TURNS and height - size[0] > max(0, 2 * (width - size[1])):
+        turned = _down(library, rows_of(pixels, 0, height), size, resample, threads)
+        return _across(library, turned, size, resample, threads)
+    return _down(library, _across(library, pixels, size, resample, threads), size, resample, threads)
 
 
 def _across(
-    library: ctypes.CDLL, pixels: Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int
+    library: ctypes.CDLL, pixels: Image.Image | Bytes, size: tuple[int, int], resample: Image.Resampling, threads: int
 ) -> Bytes:
-    (height, width, channels), target = pixels.shape, size[1]
+    (height, width, channels), target = shape_of(pixels), size[1]
     if width == target:
-        return pixels
+        return rows_of(pixels, 0, height)
     axis, out = _axis(width, target, resample), np.empty((height, target, channels), np.uint8)
 
     def work(rows: tuple[int, int]) -> None:
+        part, resized = rows_of(pixels, *rows), out[rows[0] : rows[1]]
         room = np.empty((width + target) * channels * _LANES, np.uint8)
-        arrays = _address(pixels), _address(out)
-        library.svr_horizontal(*arrays, width, target, channels, ctypes.byref(axis[0]), *rows, _address(room))
+        arrays = _address(part), _address(resized)
+        library.svr_horizontal(*arrays, width, target, channels, ctypes.byref(axis[0]), len(part), _address(room))
 
-    in_threads(work, _bands(height, threads), threads)
+    # Pillow's images become bytes under Python's lock: those of one band while another is resized.
+    in_threads(work, bands(height, threads, most=128), threads)
     return out
 
 
@@ -98,7 +99,7 @@ def _down(
     def work(rows: tuple[int, int]) -> None:
         library.svr_vertical(_address(pixels), _address(out), width * channels, ctypes.byref(axis[0]), *rows)
 
-    in_threads(work, _bands(target, threads), threads)
+    in_threads(work, bands(target, threads), threads)
     return out
 
 
@@ -122,7 +123,7 @@ def _library() -> ctypes.CDLL | None:
         return None  # built for another machine
     axis = ctypes.POINTER(_Axis)
     library.svr_vertical.argtypes = [_ptr, _ptr, _i64, axis, _i64, _i64]
-    library.svr_horizontal.argtypes = [_ptr, _ptr, _i64, _i64, _i64, axis, _i64, _i64, _ptr]
+    library.svr_horizontal.argtypes = [_ptr, _ptr, _i64, _i64, _i64, axis, _i64, _ptr]
     library.svr_write.argtypes = [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr]
     for function in (library.svr_vertical, library.svr_horizontal, library.svr_write):
         function.restype = None
@@ -199,13 +200,6 @@ _FILTERS: dict[Image.Resampling, tuple[Callable[[Floats], Floats], float]] = {
     Image.Resampling.BICUBIC: (_bicubic, 2.0),
     Image.Resampling.LANCZOS: (_lanczos, 3.0),
 }
-
-
-def _bands(rows: int, threads: int) -> list[tuple[int, int]]:
-    """Row ranges, one a thread, in whole groups of lanes."""
-    band = -(-rows // max(threads, 1))
-    band = -(-band // _LANES) * _LANES
-    return [(start, min(start + band, rows)) for start in range(0, rows, band)]
 
 
 def _address(array: npt.NDArray[Any]) -> int:

@@ -17,7 +17,7 @@ from PIL import Image
 from smolvlm_fms.errors import ImageError
 from smolvlm_fms.processing.sources import MAX_PIXELS, LoadedImage
 
-__all__ = ["ChannelOrder", "Picture", "to_picture"]
+__all__ = ["ChannelOrder", "Picture", "rows_of", "shape_of", "to_picture"]
 
 Array: TypeAlias = npt.NDArray[Any]
 ChannelOrder: TypeAlias = Literal["channels_first", "channels_last", "none"]
@@ -47,6 +47,23 @@ class Picture:
         if isinstance(self.pixels, Image.Image):
             return len(self.pixels.getbands())
         return int(self.pixels.shape[2])
+
+
+def shape_of(pixels: Image.Image | Array) -> tuple[int, int, int]:
+    """(height, width, channels)."""
+    if isinstance(pixels, Image.Image):
+        return pixels.height, pixels.width, len(pixels.getbands())
+    height, width, channels = pixels.shape
+    return height, width, channels
+
+
+def rows_of(pixels: Image.Image | Array, begin: int, end: int) -> Array:
+    """Rows [begin, end), contiguous: (rows, width, channels)."""
+    if not isinstance(pixels, Image.Image):
+        return np.ascontiguousarray(pixels[begin:end])
+    height, width, channels = shape_of(pixels)
+    part = pixels if (begin, end) == (0, height) else pixels.crop((0, begin, width, end))
+    return np.asarray(part).reshape(end - begin, width, channels)
 
 
 def to_picture(image: LoadedImage, *, rgb: bool = True, order: ChannelOrder | None = None) -> Picture:

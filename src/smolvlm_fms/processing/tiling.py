@@ -125,7 +125,7 @@ def cut_picture(
     canvas = as_array(pixels)
     if not grid.rows:
         return [canvas]
-    overview = as_array(resize(pixels, (grid.tile, grid.tile), resample, backend, threads))
+    overview = as_array(resize(canvas, (grid.tile, grid.tile), resample, backend, threads))
     return [*(canvas[top:bottom, left:right] for top, left, bottom, right in tile_boxes(grid)), overview]
 
 
