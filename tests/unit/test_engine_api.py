@@ -147,7 +147,7 @@ def test_waiting_pictures_hold_bounded_pixels(folder: Path, monkeypatch: pytest.
     plain = sv.load(folder, dtype=torch.float32)
     expected = [answer.tokens for answer in plain.batch([(picture, "What?") for picture in pictures], **OPEN_END)]
     assert plain.preparer._waiting.used == 0
-    tile = 3 * 32 * 32 * 4
+    tile = 3 * 32 * 32  # bytes: they become floats when it is their turn
     monkeypatch.setattr(prepare, "WAITING_BYTES", 3 * 13 * tile)
     vlm = sv.load(folder, dtype=torch.float32)
     streams = [vlm.stream(picture, "What?", **OPEN_END) for picture in pictures]

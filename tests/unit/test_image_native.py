@@ -7,13 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from smolvlm_fms.processing import native
+from smolvlm_fms.processing.image import SmolVLMImageProcessor
 from smolvlm_fms.processing.resample import _splits, resize
-from smolvlm_fms.processing.tiling import PixelMap
+from smolvlm_fms.processing.tiling import ByteTiles, PixelMap
 
 FILTERS = [each for each in Image.Resampling if native.can_resize(3, each)]
 built = pytest.mark.skipif(not FILTERS, reason="THE COMPILED RESIZE IS NOT BUILT: install with a C compiler")
@@ -87,6 +89,30 @@ def test_tables_give_what_arithmetic_gives(backend, factor):
     steps.write(tile, fast)
     steps._write(tile, slow)
     assert np.array_equal(fast, slow)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]},
+        {"rescale_factor": 1 / 127.5},
+        {"do_normalize": False},
+        {"do_rescale": False},
+    ],
+)
+def test_tiles_of_bytes_become_the_same_floats(settings, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(native, "_library", lambda: None)
+    sizes = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 32}}
+    processor = SmolVLMImageProcessor(**sizes, **settings)
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (70, 110, 3), dtype=np.uint8))
+    floats = processor(image, return_tensors="pt")["pixel_values"][0]
+    plain = processor(image, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
+    tiles = ByteTiles(plain, processor.pixel_map)
+    assert plain.dtype == torch.uint8 and floats.dtype == torch.float32 and tiles.nbytes * 4 == floats.nbytes
+    assert len(tiles) == len(floats) > 1 and torch.equal(tiles[:], floats) and torch.equal(tiles[1:3], floats[1:3])
 
 
 def test_without_it_pillow_gives_the_same_batch(tmp_path):

@@ -164,7 +164,7 @@ class ModelRunner:
             tokens_NPD = model.encode_tiles(_move(pixels_NCHW[first : first + count], weight))
             picture.add(tokens_NPD, lambda parts: model.join_picture(torch.cat(parts), size))
             return
-        tiles_1NCHW = _move(pixels_NCHW[None, first : first + count], weight)
+        tiles_1NCHW = _move(pixels_NCHW[first : first + count], weight)[None]
         mask_1NHW = None if mask_NHW is None else mask_NHW[None, first : first + count].to(weight.device)
         features_NTD = self.model.encode_images(tiles_1NCHW, mask_1NHW).features
         if len(features_NTD) != count:

@@ -27,6 +27,7 @@ from smolvlm_fms.processing.threads import in_threads
 from smolvlm_fms.types import TileGrid
 
 __all__ = [
+    "ByteTiles",
     "PixelMap",
     "center_crop",
     "cut_into_patches",
@@ -94,6 +95,15 @@ class PixelMap:
         else:
             self._write(tile_HWC, out_CHW)
 
+    def write_planes(self, tile_CHW: Array, out_CHW: Array) -> None:
+        """The same for a tile whose channels come first already."""
+        planes = [plane.reshape(*plane.shape, 1) for plane in tile_CHW]
+        if native.can_write(planes[0]):
+            for channel, table in enumerate(self._tables(len(planes))):
+                native.write(planes[channel], out_CHW[channel : channel + 1], table[None])
+        else:
+            self._write(tile_CHW.transpose(1, 2, 0), out_CHW)
+
     def _tables(self, channels: int) -> Float32:
         """What becomes of each of the 256 bytes, by channel."""
         tables = np.empty((channels, 1, 256), np.float32)
@@ -112,6 +122,29 @@ class PixelMap:
     @property
     def is_identity(self) -> bool:
         return not self.steps and self.table is None
+
+
+class ByteTiles:
+    """Tiles as bytes (N, C, H, W), a quarter of the memory; a slice of them is the model's floats."""
+
+    def __init__(self, bytes_NCHW: torch.Tensor, pixel_map: PixelMap) -> None:
+        self.bytes_NCHW = bytes_NCHW
+        self.pixel_map = pixel_map
+
+    def __len__(self) -> int:
+        return len(self.bytes_NCHW)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bytes_NCHW.nbytes
+
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        """(N, C, H, W) float32."""
+        tiles = self.bytes_NCHW[part].numpy()
+        out = np.empty(tiles.shape, np.float32)
+        for tile, place in zip(tiles, out, strict=True):
+            self.pixel_map.write_planes(tile, place)
+        return torch.from_numpy(out)
 
 
 def cut_picture(
