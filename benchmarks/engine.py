@@ -33,6 +33,9 @@ PROMPT = 1128
 SHORT = 32
 PANELS = ("tiles", "frames", "tokens")
 KINDS = ("bf16", "int8", "int4")
+SETTLE_S = 0.25
+"""Pause before each turn: some engines' threads spin after their answer (ONNX Runtime's: 20 ms on both cores), and
+whoever came next would pay for it."""
 
 
 class Worker:
@@ -83,6 +86,7 @@ class Bench:
         present = [kind for kind in kinds if kind in self.workers and (kind not in PEERS or do in PEERS[kind].does)]
         for round_ in range((repeats or self.repeats) + 1):
             for kind in present:
+                time.sleep(SETTLE_S)
                 seconds = self.workers[kind].ask(do, **how)
                 if round_ or (repeats == 1 and do == "ttft"):
                     value = amount / seconds if amount else seconds
