@@ -23,8 +23,10 @@ from smolvlm_fms.engine.detokenizer import Detokenizer
 from smolvlm_fms.engine.machine import available_memory, cpu_count
 from smolvlm_fms.engine.prepare import content_digest
 from smolvlm_fms.engine.runner import ModelRunner
+from smolvlm_fms.processing.tiling import ByteTiles
 from tests.tiny import build_tokenizer
 from tests.tiny_models import build_checkpoint
+from tests.videos import make_video
 
 OPEN_END = {"ignore_eos": True, "max_tokens": 12}
 
@@ -139,6 +141,28 @@ def test_a_picture_is_encoded_once(folder: Path, tmp_path: Path, monkeypatch: py
     vlm.engine.space.clear_prefixes()
     vlm.ask(path, "What is this?", detail="low", **OPEN_END)
     assert len(calls) == 28, "pixels are made again where the features are gone"
+
+
+def test_files_wait_as_bytes_and_are_the_processors_floats(vlm: sv.VLM, tmp_path: Path) -> None:
+    path, film = tmp_path / "photo.png", tmp_path / "film.mp4"
+    photo(9).save(path)
+    film.write_bytes(make_video(frames=40, left_half=200))
+
+    def prepared(part: dict[str, Any]) -> tuple[Any, Any]:
+        return vlm.preparer.chat([{"role": "user", "content": [part]}]).pictures[0].resolve()
+
+    processor = vlm.processor
+    clip = processor.video_processor(str(film), do_sample_frames=True, return_tensors="pt")
+    for part, expected in (
+        ({"type": "image", "image": str(path)}, processor.image_processor(path, return_tensors="pt")),
+        ({"type": "image", "image": photo(9)}, processor.image_processor(photo(9), return_tensors="pt")),
+        ({"type": "video", "video": str(film)}, clip),
+    ):
+        tiles, mask = prepared(part)
+        assert isinstance(tiles, ByteTiles) and mask is None and len(tiles) > 1
+        assert torch.equal(tiles[:], expected["pixel_values"][0])
+    given, _ = prepared({"type": "image", "image": np.asarray(photo(9), dtype=np.float32) / 255})
+    assert isinstance(given, torch.Tensor) and given.dtype == torch.float32
 
 
 def test_waiting_pictures_hold_bounded_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from smolvlm_fms.engine.sequence import Picture
 from smolvlm_fms.errors import FetchError, ImageError, PromptError, TokenCountError, VideoError
 from smolvlm_fms.processing.chat import media_of, metadata_of
 from smolvlm_fms.processing.chat_template import normalise_conversations
-from smolvlm_fms.processing.image import SmolVLMImageProcessor
 from smolvlm_fms.processing.literal import LiteralText
 from smolvlm_fms.processing.prompt import check_counts, expand_placeholders
 from smolvlm_fms.processing.sources import read_file
@@ -36,6 +35,8 @@ LONGEST_PATH = 4096
 WAITING_BYTES = 64 * 2**20
 """Pixels that are kept for pictures whose turn at the tower has not come; a tile of 512 × 512 takes 0.75 MiB as bytes,
 3 MiB as floats."""
+AS_BYTES = {"do_rescale": False, "do_normalize": False}
+"""Options of the processors with which tiles stay bytes."""
 ORIENTATION = 0x0112
 """EXIF's tag: the same pixels turned are another picture."""
 
@@ -122,13 +123,14 @@ class Preparer:
 
     def _image(self, source: Any, detail: str | None) -> _Tiles:
         named, source = source, _content(source)
-        tiled = hasattr(self.processor.image_processor, "detail")  # LLaVA-Next has one way to cut a picture
+        processor = self.processor.image_processor
+        tiled = hasattr(processor, "detail")  # LLaVA-Next has one way to cut a picture
         options: dict[str, Any] = {} if detail is None or (detail == "high" and not tiled) else {"detail": detail}
-        key = content_digest(source, "image", detail, self.processor.image_processor)
-
-        pixel_map = self._pixel_map(source)
-        if pixel_map is not None:
-            options |= {"do_rescale": False, "do_normalize": False}
+        key = content_digest(source, "image", detail, processor)
+        # Arrays may hold floats, and the tensor back end gives floats in any case.
+        waits = tiled and processor.backend == "pil" and processor.do_convert_rgb
+        waits = waits and isinstance(source, bytes | Image.Image)
+        options |= AS_BYTES if waits else {}
 
         def process() -> Any:
             try:
@@ -138,19 +140,9 @@ class Preparer:
                     raise
                 # The processor saw bytes; whoever asked gave a path.
                 raise ImageError(f"{named}: {error}") from error
-            if pixel_map is not None:
-                batch["pixel_values"] = [ByteTiles(batch["pixel_values"][0], pixel_map)]
-            return batch
+            return _later_floats(batch, processor.pixel_map) if waits else batch
 
         return self._tiles(key, process)
-
-    def _pixel_map(self, source: Any) -> PixelMap | None:
-        """How a picture's bytes become floats when it is its turn at the tower; None where they have to be floats from
-        the start: arrays may hold floats, tensors' arithmetic has no bytes, LLaVA-Next cuts by another class."""
-        processor = self.processor.image_processor
-        if not isinstance(processor, SmolVLMImageProcessor) or not isinstance(source, bytes | Image.Image):
-            return None
-        return processor.pixel_map if processor.backend == "pil" and processor.do_convert_rgb else None
 
     def _video(self, source: Any, metadata: Mapping[str, Any] | None) -> _Tiles:
         """Files are sampled as the checkpoint says, frames taken as they are, as in ``apply_chat_template``."""
@@ -162,10 +154,15 @@ class Preparer:
         options: dict[str, Any] = {"do_sample_frames": True} if sample else {}
         if metadata is not None:
             options["video_metadata"] = [metadata]
+        if file:
+            options |= AS_BYTES
         key = content_digest(source, "video", processor, metadata)
-        return self._tiles(
-            key, lambda: self._process(self.processor.tokens.video, videos=[source], videos_kwargs=options)
-        )
+
+        def process() -> Any:
+            batch = self._process(self.processor.tokens.video, videos=[source], videos_kwargs=options)
+            return _later_floats(batch, processor.pixel_map) if file else batch
+
+        return self._tiles(key, process)
 
     def _process(self, placeholder: str, **media: Any) -> Any:
         """One placeholder and its picture or video through the checkpoint's processor."""
@@ -221,6 +218,12 @@ class _Lazy:
 
     def __call__(self) -> Any:
         return _pixels(self._process())
+
+
+def _later_floats(batch: Any, pixel_map: PixelMap) -> Any:
+    """A batch of one made ``AS_BYTES``: its tiles wait as bytes and are floats when the tower takes them."""
+    batch["pixel_values"] = [ByteTiles(batch["pixel_values"][0], pixel_map)]
+    return batch
 
 
 def _pixels(batch: Mapping[str, Any]) -> tuple[Any, Any]:

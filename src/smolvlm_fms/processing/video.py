@@ -185,6 +185,11 @@ class SmolVLMVideoProcessor:
             )
         return sample_frame_indices(metadata, num_frames, fps, self.skip_secs if skip_secs is None else skip_secs)
 
+    @property
+    def pixel_map(self) -> PixelMap:
+        """What rescaling and normalising make of bytes."""
+        return _pixel_map(self._settings())
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> SmolVLMVideoProcessor:
         """From a checkpoint's folder: the ``video_processor`` of ``processor_config.json`` (transformers 5),
@@ -340,15 +345,16 @@ def _collate(clips: Sequence[_Clip], chosen: Mapping[str, Any], kind: str | None
     channels = {frame.shape[2] for clip in clips for frame in clip.frames}
     if len(channels) != 1:
         raise VideoError(f"Videos of {sorted(channels)} channels in one batch; leave do_convert_rgb on.")
-    mean, std = (chosen["image_mean"], chosen["image_std"]) if chosen["do_normalize"] else (None, None)
-    check_channels(min(channels), mean, std)
+    maps = {unit: _pixel_map(chosen, unit) for unit in {clip.unit for clip in clips}}
+    if chosen["do_normalize"]:
+        check_channels(min(channels), chosen["image_mean"], chosen["image_std"])
     lengths = [len(clip.frames) for clip in clips]
     heights, widths = ([clip.frames[0].shape[axis] for clip in clips] for axis in (0, 1))
     equal = len({(clip.frames[0].shape, len(clip.frames)) for clip in clips}) == 1
     if not chosen["do_pad"] and not equal and kind is not None:
         raise ConfigurationError("The videos differ in length or size; leave do_pad on, or return_tensors out.")
-    factor = chosen["rescale_factor"] if chosen["do_rescale"] else None
-    kept = {clip.frames[0].dtype for clip in clips} if factor is None and mean is None else {np.dtype(np.float32)}
+    untouched = not chosen["do_rescale"] and not chosen["do_normalize"]
+    kept = {clip.frames[0].dtype for clip in clips} if untouched else {np.dtype(np.float32)}
     dtype = kept.pop() if len(kept) == 1 else np.dtype(np.float32)
     together = chosen["do_pad"] or equal
     shape = (len(clips), max(lengths), min(channels), max(heights), max(widths))
@@ -359,15 +365,23 @@ def _collate(clips: Sequence[_Clip], chosen: Mapping[str, Any], kind: str | None
     )
     jobs = []
     for clip, out, height, width in zip(clips, pixels, heights, widths, strict=True):
-        steps = PixelMap.build(
-            chosen["backend"], rescale_factor=factor, mean=mean, std=std, floats_to_one=clip.unit
-        )  # fmt: skip
-        jobs += [(steps, frame, out[place, :, :height, :width]) for place, frame in enumerate(clip.frames)]
+        jobs += [(maps[clip.unit], frame, out[place, :, :height, :width]) for place, frame in enumerate(clip.frames)]
     in_threads(lambda job: job[0].write(job[1], job[2]), jobs, available_threads())
     data: dict[str, Any] = {"pixel_values": _as_kind(pixels, kind)}
     if chosen["do_pad"]:
         data["pixel_attention_mask"] = _as_kind(_masks(lengths, heights, widths, shape), kind)
     return ProcessedBatch(data)
+
+
+def _pixel_map(chosen: Mapping[str, Any], unit: bool = False) -> PixelMap:
+    normalize = chosen["do_normalize"]
+    return PixelMap.build(
+        chosen["backend"],
+        rescale_factor=chosen["rescale_factor"] if chosen["do_rescale"] else None,
+        mean=chosen["image_mean"] if normalize else None,
+        std=chosen["image_std"] if normalize else None,
+        floats_to_one=unit,
+    )
 
 
 def _masks(
