@@ -66,7 +66,10 @@ class TorchText:
         self._rotation = torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, cache: Any, rows: list[tuple[int, int]]) -> Tensor:
-        """Normed hidden states (B, T, D) of new tokens; ``rows``: each row's start in the cache and its past."""
+        """Normed hidden states (B, 1, D) of the last of each row's new tokens, which is all that anybody reads.
+
+        rows: each row's start in the cache and its past.
+        """
         batch, length = positions_BT.shape
         x = (hidden_BTD * self.text.config.embedding_multiplier).flatten(0, 1)
         rotation = self._rotation[positions_BT.flatten()][:, None]
@@ -76,18 +79,20 @@ class TorchText:
             turned = self.heads + self.kv_heads
             pairs = torch.view_as_complex(qkv[:, :turned].float().unflatten(-1, (-1, 2)))
             query_key = torch.view_as_real(pairs * rotation).flatten(-2).to(x.dtype)
-            attended = torch.empty(batch * length, self.heads * self.width, dtype=x.dtype)
+            asked = 1 if layer is layers[-1] else length  # the last layer computes the last token alone
+            attended = torch.empty(batch * asked, self.heads * self.width, dtype=x.dtype)
             for row, (start, past) in enumerate(rows):
                 own, new = slice(row * length, (row + 1) * length), slice(start + past, start + past + length)
                 keys[new], values[new] = query_key[own, self.heads :], qkv[own, turned:]
                 seen = slice(start, start + past + length)
-                attended[own] = chunked_causal_attention(
-                    query_key[own, : self.heads], keys[seen], values[seen], self.scale
+                attended[row * asked : (row + 1) * asked] = chunked_causal_attention(
+                    query_key[own.stop - asked : own.stop, : self.heads], keys[seen], values[seen], self.scale
                 )
+            x = x.view(batch, length, -1)[:, length - asked :].flatten(0, 1)
             x = layer.attn.dense(attended, residual=x, scale=self.residual)
             grown = layer.ff_sub_layer.gate_up(self._norm(x, layer.ff_ln.weight))
             x = layer.ff_sub_layer.down(grown, residual=x, scale=self.residual)
-        return self._norm(x, self.text.base_model.dec_norm.weight).view(batch, length, -1)
+        return self._norm(x, self.text.base_model.dec_norm.weight).view(batch, 1, -1)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm with its mean in fp32."""
