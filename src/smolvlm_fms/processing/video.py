@@ -353,8 +353,8 @@ def _collate(clips: Sequence[_Clip], chosen: Mapping[str, Any], kind: str | None
     equal = len({(clip.frames[0].shape, len(clip.frames)) for clip in clips}) == 1
     if not chosen["do_pad"] and not equal and kind is not None:
         raise ConfigurationError("The videos differ in length or size; leave do_pad on, or return_tensors out.")
-    untouched = not chosen["do_rescale"] and not chosen["do_normalize"]
-    kept = {clip.frames[0].dtype for clip in clips} if untouched else {np.dtype(np.float32)}
+    plain = all(each.is_identity for each in maps.values())
+    kept = {clip.frames[0].dtype for clip in clips} if plain else {np.dtype(np.float32)}
     dtype = kept.pop() if len(kept) == 1 else np.dtype(np.float32)
     together = chosen["do_pad"] or equal
     shape = (len(clips), max(lengths), min(channels), max(heights), max(widths))
