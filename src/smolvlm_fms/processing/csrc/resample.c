@@ -17,11 +17,11 @@
 #endif
 #define EXPORT __attribute__((visibility("default")))
 
-enum { LANES = 32, WORD = 32, RUN = 2 * WORD, BITS = 22 };
+enum { VECTOR = 32, LANES = VECTOR, RUN = 2 * VECTOR, BITS = 22 };
 
 /* Registers as the compiler has them: two or four for one of these where 32 bytes are too many. */
-typedef uint32_t words __attribute__((vector_size(WORD)));
-typedef int32_t ints __attribute__((vector_size(WORD)));
+typedef uint32_t words __attribute__((vector_size(VECTOR)));
+typedef int32_t ints __attribute__((vector_size(VECTOR)));
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 
 /* One axis: output i is the sum over k < count[i] of weights[i * taps + k] times input first[i] + k. */
@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) uint8_t clip(int32_t sum) {
 /* sums[j] += weight times byte j of each of eight words: shifts and masks widen bytes without moving them. */
 static inline __attribute__((always_inline)) void add_bytes(words sums[4], const uint8_t *from, uint32_t weight) {
     words bytes;
-    memcpy(&bytes, from, WORD);
+    memcpy(&bytes, from, VECTOR);
     sums[0] += (bytes & 255) * weight;
     sums[1] += (bytes >> 8 & 255) * weight;
     sums[2] += (bytes >> 16 & 255) * weight;
@@ -53,7 +53,7 @@ static inline __attribute__((always_inline)) void put_bytes(const words sums[4],
         value |= (255 - value) >> 31;
         bytes |= (words)(value & 255) << 8 * j;
     }
-    memcpy(to, &bytes, WORD);
+    memcpy(to, &bytes, VECTOR);
 }
 
 /* Rows [begin, end) of out, each the weighted sum of rows of in; row_bytes is the same for both. */
@@ -69,8 +69,8 @@ EXPORT EACH_CPU void svr_vertical(const uint8_t *in, uint8_t *out, int64_t row_b
             for (int i = 0; i < 8; i++) sums[i / 4][i % 4] = (words){0} + (1u << (BITS - 1));
             const uint8_t *from = top + x;
             for (int32_t k = 0; k < axis->count[y]; k++, from += row_bytes)
-                for (int i = 0; i < 2; i++) add_bytes(sums[i], from + i * WORD, (uint32_t)weights[k]);
-            for (int i = 0; i < 2; i++) put_bytes(sums[i], row + x + i * WORD);
+                for (int i = 0; i < 2; i++) add_bytes(sums[i], from + i * VECTOR, (uint32_t)weights[k]);
+            for (int i = 0; i < 2; i++) put_bytes(sums[i], row + x + i * VECTOR);
         }
         for (; x < row_bytes; x++) {
             int32_t sum = 1 << (BITS - 1);
@@ -143,8 +143,8 @@ static inline __attribute__((always_inline)) void convolve(const uint8_t *column
         words sums[3][4];
         for (int i = 0; i < 4 * channels; i++) sums[i / 4][i % 4] = (words){0} + (1u << (BITS - 1));
         for (int32_t k = 0; k < axis->count[x]; k++, source += run)
-            for (int c = 0; c < channels; c++) add_bytes(sums[c], source + c * WORD, (uint32_t)weights[k]);
-        for (int c = 0; c < channels; c++) put_bytes(sums[c], results + x * run + c * WORD);
+            for (int c = 0; c < channels; c++) add_bytes(sums[c], source + c * VECTOR, (uint32_t)weights[k]);
+        for (int c = 0; c < channels; c++) put_bytes(sums[c], results + x * run + c * VECTOR);
     }
 }
 
