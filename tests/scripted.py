@@ -61,7 +61,7 @@ class ScriptedBackend:
     def encode(self, picture: Picture, first: int, count: int) -> None:
         pixels, _ = picture.resolve()
         if first + count == picture.tiles:
-            grey = round(float(torch.as_tensor(pixels).float().median()) * 127.5 + 127.5)
+            grey = round(float(torch.as_tensor(pixels[:]).float().median()) * 127.5 + 127.5)
             script = self.scripts[min(self.scripts, key=lambda one: abs(one - grey))]
             self.greys.append(grey)
             if isinstance(script, Exception):

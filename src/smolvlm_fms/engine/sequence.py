@@ -36,8 +36,8 @@ class Picture:
     """The tiles of one picture or video in a prompt, before and after the tower.
 
     key: a digest of the content that the tower will see. tiles: how many. positions: the prompt's placeholders that
-    its features fill, in order. pixels: whatever the backend encodes. features: what came out, once all tiles are
-    done; ``parts`` until then, of ``encoded`` tiles.
+    its features fill, in order. pixels: tiles whose slices the backend encodes. features: what came out, once all tiles
+    are done; ``parts`` until then, of ``encoded`` tiles.
     """
 
     key: bytes
