@@ -14,7 +14,7 @@ from PIL import Image
 
 from smolvlm_fms.processing import native
 from smolvlm_fms.processing.image import SmolVLMImageProcessor
-from smolvlm_fms.processing.resample import _splits, resize
+from smolvlm_fms.processing.resample import _has_8bit_bilinear, _splits, _torch_mode, resize
 from smolvlm_fms.processing.tiling import ByteTiles, PixelMap
 
 FILTERS = [each for each in Image.Resampling if native.can_resize(3, each)]
@@ -67,7 +67,10 @@ def test_a_pillow_image_is_read_in_bands(mode, size):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_torch_gives_the_same_on_several_threads(name, channels):
     """Rows in bands, from arrays and Pillow images; as the tensor back end of transformers, which takes them whole."""
-    assert _splits(name.lower()), "this torch has another arithmetic, or another order of its passes"
+    mode = _torch_mode(Image.Resampling[name])
+    if mode == "bilinear" and not _has_8bit_bilinear():
+        pytest.skip("THIS PROCESSOR RESIZES IN FLOATS: both passes are rounded once, and stay together")
+    assert _splits(mode), "this torch has another arithmetic, or another order of its passes"
     pixels = np.random.default_rng(4).integers(0, 256, (1301, 402, channels), dtype=np.uint8)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     for size in ((650, 201), (1400, 300), (1301, 500), (700, 402)):

@@ -38,15 +38,11 @@ class Picture:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
-        if isinstance(self.pixels, Image.Image):
-            return self.pixels.height, self.pixels.width
-        return int(self.pixels.shape[0]), int(self.pixels.shape[1])
+        return shape_of(self.pixels)[:2]
 
     @property
     def channels(self) -> int:
-        if isinstance(self.pixels, Image.Image):
-            return len(self.pixels.getbands())
-        return int(self.pixels.shape[2])
+        return shape_of(self.pixels)[2]
 
 
 def shape_of(pixels: Image.Image | Array) -> tuple[int, int, int]:
